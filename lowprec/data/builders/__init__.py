@@ -1,0 +1,1 @@
+"""TFDS builders of our own: they prepare offline, without tensorflow. Importing one of them imports tfds."""

@@ -1,0 +1,63 @@
+"""Bit patterns of float32: the only door through which this package reads exponents or builds powers of two.
+
+XLA on CPU flushes float32 subnormals in arithmetic, `log2` and `exp2` are wrong at powers of two, and casts to
+narrow floats may be elided on GPU. Integer operations have none of these faults.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt32
+
+SIGN = np.uint32(0x80000000)
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+EXPONENT = np.uint32(0x7F800000)
+IMPLICIT = np.uint32(0x00800000)
+
+
+def to_bits(x: Float[Array, "..."]) -> UInt32[Array, "..."]:
+    return lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def from_bits(u: UInt32[Array, "..."]) -> Float[Array, "..."]:
+    return lax.bitcast_convert_type(u, jnp.float32)
+
+
+def pattern(value: float) -> np.uint32:
+    """The bits of a Python number that float32 holds exactly."""
+    return np.float32(value).view(np.uint32)
+
+
+def exponent_field(magnitude: UInt32[Array, "..."]) -> Int[Array, "..."]:
+    """floor(log2(a)) + 127 of float32 magnitude bits; at most 0 for subnormals, -23 for zero."""
+    field = (magnitude >> 23).astype(jnp.int32)
+    return jnp.where(field == 0, 9 - lax.clz(magnitude).astype(jnp.int32), field)
+
+
+def power_of_two(exponent: Int[Array, "..."]) -> Float[Array, "..."]:
+    """2^exponent as float32, exact for -149 <= exponent <= 127."""
+    normal = (exponent + 127) << 23
+    subnormal = 1 << jnp.maximum(exponent + 149, 0)
+    return from_bits(jnp.where(exponent >= -126, normal, subnormal).astype(jnp.uint32))
+
+
+def scaled_pattern(value: float, exponent: Int[Array, "..."]) -> UInt32[Array, "..."]:
+    """The bits of value · 2^exponent for a positive constant; truncated where the result is subnormal."""
+    bits = int(pattern(value))
+    field, significand = (bits >> 23), (bits & 0x7FFFFF) | 0x800000
+    field = exponent + field
+    normal = (field << 23) + (significand - 0x800000)
+    subnormal = significand >> jnp.clip(1 - field, 0, 31)
+    finite = jnp.where(field >= 1, normal, subnormal).astype(jnp.uint32)
+    return jnp.where(field >= 255, jnp.uint32(0x7F7FFFFF), finite)
+
+
+def times_power_of_two(x: Float[Array, "..."], exponent: Int[Array, "..."]) -> Float[Array, "..."]:
+    """x · 2^exponent for normal numbers and zeros, exact wherever float32 (with its subnormals) holds the product."""
+    bits = to_bits(x)
+    a = bits & MAGNITUDE
+    field = (a >> 23).astype(jnp.int32) + exponent
+    normal = (a & np.uint32(0x7FFFFF)) | (field << 23).astype(jnp.uint32)
+    subnormal = ((a & np.uint32(0x7FFFFF)) | IMPLICIT) >> jnp.clip(1 - field, 0, 31).astype(jnp.uint32)
+    product = jnp.where(field >= 1, normal, subnormal)
+    return from_bits(jnp.where(a == 0, a, product) | (bits & SIGN))

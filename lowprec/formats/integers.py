@@ -1,0 +1,73 @@
+"""Rounding float32 to integer and fixed-point formats, and their codes."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt32
+
+from lowprec.formats.bits import MAGNITUDE, SIGN, from_bits, scaled_pattern, to_bits
+from lowprec.formats.floats import round_magnitude
+from lowprec.formats.rounding import Rounding
+from lowprec.formats.tables import round_table
+from lowprec.formats.types import IntFormat, TableFormat
+
+
+def value_list(fmt: IntFormat) -> np.ndarray:
+    count = int((fmt.max - fmt.min) / fmt.step) + 1
+    return fmt.min + fmt.step * np.arange(count)
+
+
+def round_int(
+    x: Float[Array, "..."],
+    fmt: IntFormat,
+    rounding: Rounding,
+    random: UInt32[Array, "..."] | None = None,
+    exponent: Int[Array, "..."] | None = None,
+) -> Float[Array, "..."]:
+    """x rounded to the values fmt · 2^exponent, as float32. Always saturates: an integer has no code for overflow."""
+    if fmt.midrise:
+        if exponent is not None:
+            raise ValueError(f"{fmt} has no grid scaled by powers of two")
+        return _round_midrise(x, fmt, rounding, random)
+    if rounding.kind == "nearest_even" and exponent is None:
+        y = jnp.clip(jnp.round(x * (1 / fmt.step)), fmt.min / fmt.step, fmt.max / fmt.step) * fmt.step
+        return y + 0.0  # integers have no negative zero
+    u = to_bits(x)
+    negative = u >= SIGN
+    scaled = lambda bound: scaled_pattern(bound, 0 if exponent is None else exponent)
+    lowest = scaled(-fmt.min) if fmt.signed else np.uint32(0)
+    # Equally spaced values are the subnormals of a float format: one cell, whose quantum is the step.
+    cell = round_magnitude(
+        jnp.minimum(u & MAGNITUDE, jnp.where(negative, lowest, scaled(fmt.max))),
+        mantissa_bits=23,
+        min_exponent=23 - fmt.fraction_bits + (0 if exponent is None else exponent),
+        subnormals=True,
+        rounding=rounding,
+        negative=negative,
+        random=random,
+    )
+    y = cell.pattern()
+    y = from_bits(y | jnp.where(y == 0, np.uint32(0), u & SIGN))
+    return jnp.where(jnp.isnan(x), x, y)
+
+
+def _round_midrise(x, fmt, rounding, random):
+    z = jnp.clip(x * (1 / fmt.step), fmt.min / fmt.step, fmt.max / fmt.step)
+    if rounding.kind != "nearest_even":
+        return round_table(x, TableFormat(str(fmt), tuple(value_list(fmt).tolist())), rounding, random)
+    # Cells are [n, n + 1) with the value n + ½; at an integer the even of the codes n - 1 and n wins.
+    floor = jnp.floor(z)
+    tie_to_lower = (z == floor) & (floor.astype(jnp.int32) % 2 != 0)
+    return (floor + jnp.where(tie_to_lower, -0.5, 0.5)) * fmt.step
+
+
+def encode_int(y: Float[Array, "..."], fmt: IntFormat) -> UInt32[Array, "..."]:
+    """The codes of values on the grid: two's complement in the low bits, as uint32; NaN to zero."""
+    code = jnp.floor(jnp.where(jnp.isnan(y), 0, y) * (1 / fmt.step)).astype(jnp.int32)
+    return code.astype(jnp.uint32) & np.uint32((1 << fmt.bits) - 1)
+
+
+def decode_int(codes: UInt32[Array, "..."], fmt: IntFormat) -> Float[Array, "..."]:
+    code = codes.astype(jnp.int32)
+    if fmt.signed:
+        code = (code ^ (1 << (fmt.bits - 1))) - (1 << (fmt.bits - 1))
+    return (code.astype(jnp.float32) + 0.5 * fmt.midrise) * fmt.step

@@ -1,0 +1,57 @@
+"""Random bits for stochastic rounding: a keyed hash of the global element index.
+
+h(i; k0, k1) = L(L(i + k0) ^ k1), L the lowbias32 mixer. It fuses into the rounding, so no array of random bits is
+ever stored; being a function of the index in the whole array, it gives the same bits on one and on many devices.
+Both key words pass through a full mixing round: with one round, consecutive seeds give shifted copies of one stream.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, UInt32
+
+from lowprec.errors import unknown
+
+GENERATORS = ("hash", "threefry")
+
+
+def random_bits(key: jax.Array, shape: tuple[int, ...], generator: str = "hash") -> UInt32[Array, "..."]:
+    """32 random bits for each element of an array.
+
+    Args:
+      key: a typed key or a legacy uint32 key; the same key and shape give the same bits.
+      shape: of the whole (global) array.
+      generator: "hash" (fast, fused) or "threefry" (jax.random.bits, the reference).
+    """
+    if generator == "threefry":
+        return jax.random.bits(key, shape, jnp.uint32)
+    if generator != "hash":
+        raise unknown("random generator", generator, GENERATORS)
+    words = jax.random.bits(key, (2,), jnp.uint32)
+    low, high = _flat_index(shape)
+    return jnp.broadcast_to(_mix(_mix(low + words[0]) ^ (words[1] + high)), shape)
+
+
+def _flat_index(shape):
+    """The row-major index of each element. Past 2^32 elements the leading axes count in a second word."""
+    split = len(shape)
+    while split and math.prod(shape[split - 1 :]) <= 1 << 32:
+        split -= 1
+    return _index(shape, range(split, len(shape))), _index(shape, range(split))
+
+
+def _index(shape, axes):
+    index, stride = np.uint32(0), 1
+    for axis in reversed(axes):
+        index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
+        stride *= shape[axis]
+    return index
+
+
+def _mix(v):
+    v = (v ^ (v >> 16)) * np.uint32(0x7FEB352D)
+    v = (v ^ (v >> 15)) * np.uint32(0x846CA68B)
+    return v ^ (v >> 16)

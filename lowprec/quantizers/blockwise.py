@@ -1,0 +1,70 @@
+"""Rounding an array in blocks with scales: the one routine under `quantize`, `fake_quant` and `qdot`."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lowprec.formats.blocks import BlockLayout, block_layout
+from lowprec.formats.elements import as_float32, noise, round_elements
+from lowprec.formats.rounding import Rounding
+from lowprec.formats.scaling import Scale
+from lowprec.formats.types import BlockFormat, Format
+from lowprec.quantizers.scales import AbsMax, ScaleRule
+
+
+@dataclass
+class Rounded:
+    """An array on the grid of a format: values = elements · scale, in the split layout of its blocks.
+
+    Under `jit` whatever is not used is never computed.
+    """
+
+    fmt: Format
+    layout: BlockLayout
+    elements: Float[Array, "..."]  # unscaled, split into blocks
+    scale: Scale | None  # None: the format has none
+    scaled: Float[Array, "..."]  # elements · scale, split into blocks
+
+    @property
+    def values(self) -> Float[Array, "..."]:
+        """float32, in the shape of the input."""
+        return self.layout.merge(self.scaled)
+
+
+def round_blocks(
+    x: Float[Array, "..."],
+    fmt: Format,
+    axis: int,
+    *,
+    rule: ScaleRule = AbsMax(),  # noqa: B008 (frozen)
+    rounding: Rounding = Rounding(),  # noqa: B008 (frozen)
+    key: jax.Array | None = None,
+    pad: bool = False,
+) -> Rounded:
+    """Rounds an array to a format, scaled block by block.
+
+    Args:
+      x: any shape; see `formats.round_to` for the dtypes.
+      fmt: an element format is rounded to as it is; a block format gets the scales that `rule` gives.
+      axis: the contraction axis.
+      pad: fill up axes that the block does not divide.
+    """
+    x = as_float32(x)
+    if not isinstance(fmt, BlockFormat):
+        layout = block_layout(x.shape, "tensor", axis)
+        y = round_elements(x, fmt, rounding, noise(rounding, key, x.shape))
+        return Rounded(fmt, layout, y, None, y)
+    layout = block_layout(x.shape, fmt.block, axis, pad)
+    random = noise(rounding, key, layout.padded)
+    random = None if random is None else random.reshape(layout.split_shape)
+    blocks = layout.split(x)
+    scale = rule(blocks, layout, fmt)
+    elements = round_elements(scale.divide(blocks), fmt.element, rounding, random)
+    if scale.exponent is None:
+        return Rounded(fmt, layout, elements, scale, scale.multiply(elements))
+    # The grid is scaled, not the values: exact where a product with a power of two would be flushed to zero.
+    scaled = round_elements(blocks, fmt.element, rounding, random, exponent=scale.exponent)
+    broken = jnp.isnan(scale.block)
+    return Rounded(fmt, layout, elements, scale, jnp.where(broken, jnp.nan, scaled))

@@ -1,0 +1,99 @@
+"""How far a quantized tensor is from its source: sums that add up over layers, calls and devices, and what they mean."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lowprec.formats.types import BlockFormat, IntFormat
+from lowprec.quantizers.blockwise import Rounded
+
+# What is accumulated for an operand; every entry is a sum, so that cotangents may add them.
+SUMS = (
+    "calls",
+    "amax",
+    "values",
+    "source_square",
+    "error_square",
+    "product",
+    "rounded_square",
+    "clipped",
+    "underflowed",
+)
+OPERANDS = ("fwd.x", "fwd.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
+
+
+def error_sums(x: Float[Array, "..."], rounded: Rounded) -> Float[Array, " sums"]:
+    """The sums of one operand: float32, in the order of `SUMS`."""
+    source = x.astype(jnp.float32)
+    values = rounded.values
+    element = rounded.fmt.element if isinstance(rounded.fmt, BlockFormat) else rounded.fmt
+    unscaled = rounded.layout.split(source)
+    if rounded.scale is not None:
+        unscaled = rounded.scale.divide(unscaled)
+    low = element.min if isinstance(element, IntFormat) else -element.max
+    clipped = (unscaled > element.max * (1 + 2**-20)) | (unscaled < low * (1 + 2**-20))
+    return jnp.stack(
+        [
+            jnp.float32(1),
+            jnp.max(jnp.abs(source)),
+            jnp.float32(source.size),
+            jnp.sum(source**2),
+            jnp.sum((values - source) ** 2),
+            jnp.sum(values * source),
+            jnp.sum(values**2),
+            jnp.sum(clipped, dtype=jnp.float32),
+            jnp.sum((values == 0) & (source != 0), dtype=jnp.float32),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class OperandStatistics:
+    """The quantization error of one operand, from accumulated sums.
+
+    Args:
+      amax: the largest magnitude, averaged over the calls.
+      sqnr_db: signal to quantization noise, 10·log10(Σx² / Σ(q - x)²); infinite for exact values.
+      cosine: of the angle between x and q.
+      clipped, underflowed: fractions of values beyond the range, and of nonzero values rounded to zero.
+      alignment: ⟨q, x⟩ / ⟨x, x⟩; 1 where rounding does not shrink or stretch on average.
+    """
+
+    amax: float
+    sqnr_db: float
+    cosine: float
+    clipped: float
+    underflowed: float
+    alignment: float
+
+    @classmethod
+    def from_sums(cls, sums: np.ndarray) -> "OperandStatistics | None":
+        """None where the operand was never quantized."""
+        s = dict(zip(SUMS, np.asarray(sums, np.float64), strict=True))
+        if not s["calls"]:
+            return None
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return cls(
+                amax=float(s["amax"] / s["calls"]),
+                sqnr_db=float(10 * np.log10(s["source_square"] / s["error_square"])),
+                cosine=float(s["product"] / np.sqrt(s["source_square"] * s["rounded_square"])),
+                clipped=float(s["clipped"] / s["values"]),
+                underflowed=float(s["underflowed"] / s["values"]),
+                alignment=float(s["product"] / s["source_square"]),
+            )
+
+
+def tap_slot() -> Float[Array, "operands sums"]:
+    """The zeros whose cotangent will carry the sums of a layer's six operands."""
+    return jnp.zeros((len(OPERANDS), len(SUMS)), jnp.float32)
+
+
+def read_taps(cotangent: np.ndarray) -> dict[str, OperandStatistics]:
+    """The statistics of each quantized operand, from the cotangent of one tap slot."""
+    statistics = {
+        name: OperandStatistics.from_sums(row)
+        for name, row in zip(OPERANDS, np.asarray(cotangent), strict=True)
+    }
+    return {name: value for name, value in statistics.items() if value is not None}

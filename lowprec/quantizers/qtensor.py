@@ -1,0 +1,141 @@
+"""QTensor: an array as packed codes and scales, the form in which low-precision numbers are really stored."""
+
+import math
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lowprec.formats.bits import times_power_of_two
+from lowprec.formats.blocks import BlockLayout, block_layout
+from lowprec.formats.elements import code_dtype, decode, encode_rounded
+from lowprec.formats.grammar import parse
+from lowprec.formats.packing import pack, unpack
+from lowprec.formats.rounding import Rounding, parse_rounding
+from lowprec.formats.scaling import Scale
+from lowprec.formats.types import BlockFormat, ElementFormat, Format
+from lowprec.quantizers.blockwise import Rounded, round_blocks
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QTensor:
+    """Codes and scales of an array; a pytree, so it passes through jit, scan, checkpoints and shardings.
+
+    Args:
+      codes: uint8, packed along the last axis without gaps (formats below 8 bits), else one code an entry.
+      scales: None for element formats; else an entry a block: float32, bfloat16, or codes of the scale format.
+      tensor_scale: the second level of two-level formats, a float32 scalar; else None.
+      fmt: the format.
+      shape: of the array.
+      axis: the contraction axis along which the blocks run.
+    """
+
+    codes: Array
+    scales: Array | None
+    tensor_scale: Array | None
+    fmt: Format = field(metadata={"static": True})
+    shape: tuple[int, ...] = field(metadata={"static": True})
+    axis: int = field(metadata={"static": True})
+
+    @property
+    def layout(self) -> BlockLayout:
+        block = self.fmt.block if isinstance(self.fmt, BlockFormat) else "tensor"
+        return block_layout(self.shape, block, self.axis, pad=True)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored: codes and scales."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def dequantize(self, dtype=jnp.float32) -> Float[Array, "..."]:
+        """The values, in the shape of the array; the same as `fake_quant` gives."""
+        element = _element(self.fmt)
+        codes = self.codes
+        if _is_packed(element, self.shape):
+            codes = unpack(codes, element.bits, self.shape[-1])
+        elements = decode(codes, element)
+        if not isinstance(self.fmt, BlockFormat):
+            return elements.astype(dtype)
+        layout, blocks = self.layout, self.layout.split(elements)
+        stored = layout.broadcast_scale(self.scales)
+        spec = self.fmt.scale
+        if spec.power_of_two:
+            exponent = stored.astype(jnp.int32) - 127
+            values = jnp.where(stored == _NAN_SCALE, jnp.nan, times_power_of_two(blocks, exponent))
+        else:
+            block = (
+                stored.astype(jnp.float32) if spec.format.exponent_bits == 8 else decode(stored, spec.format)
+            )
+            values = Scale(block, None, self.tensor_scale).multiply(blocks)
+        return layout.merge(values).astype(dtype)
+
+
+_NAN_SCALE = 255  # the e8m0 code of a block that holds an infinity or NaN
+
+
+def quantize(
+    x: Float[Array, "..."],
+    fmt: str | Format,
+    *,
+    axis: int = -1,
+    rounding: str | Rounding = "nearest_even",
+    key: jax.Array | None = None,
+    pad: bool = False,
+) -> QTensor:
+    """Codes and absmax scales of an array.
+
+    Args:
+      x: float32, bfloat16 or float16, any shape.
+      fmt: a format or its name, e.g. "nvfp4", "int8@row", "e4m3fn".
+      axis: the contraction axis: blocks and rows run along it.
+      rounding: see `formats.Rounding`; the stochastic modes need a key.
+      pad: let the last block of the axis be shorter than the others.
+    Raises:
+      ValueError: an unknown format, a block that does not divide the axis, stochastic rounding without a key.
+    """
+    fmt = parse(fmt)
+    rounded = round_blocks(x, fmt, axis, rounding=parse_rounding(rounding), key=key, pad=pad)
+    element = _element(fmt)
+    codes = encode_rounded(rounded.layout.merge(rounded.elements), element).astype(code_dtype(element.bits))
+    if _is_packed(element, x.shape):
+        codes = pack(codes, element.bits)
+    scales, tensor = _stored_scales(rounded)
+    return QTensor(codes, scales, tensor, fmt, tuple(x.shape), axis)
+
+
+def dequantize(q: QTensor, dtype=jnp.float32) -> Float[Array, "..."]:
+    """The values of a QTensor."""
+    return q.dequantize(dtype)
+
+
+def _stored_scales(rounded: Rounded):
+    if rounded.scale is None:
+        return None, None
+    spec, scale = rounded.fmt.scale, rounded.scale
+    block = scale.block.reshape(rounded.layout.scale_shape)
+    if spec.power_of_two:
+        exponent = scale.exponent.reshape(block.shape)
+        stored = jnp.where(jnp.isnan(block), _NAN_SCALE, exponent + 127).astype(jnp.uint8)
+    elif spec.format.exponent_bits == 8:
+        stored = block.astype(jnp.float32 if spec.format.mantissa_bits == 23 else jnp.bfloat16)
+    else:
+        stored = encode_rounded(block, spec.format).astype(code_dtype(spec.format.bits))
+    return stored, scale.tensor
+
+
+def _element(fmt: Format) -> ElementFormat:
+    return fmt.element if isinstance(fmt, BlockFormat) else fmt
+
+
+def _is_packed(element, shape):
+    return element.bits < 8 and len(shape) > 0
