@@ -60,8 +60,7 @@ class TrainBatches:
         for key, value in self._identity.items():
             if state.get(key) != value:
                 raise UsageError(
-                    f"the saved position in the data is of a run with {key}={state.get(key)!r}, "
-                    f"this one has {value!r}"
+                    f"the saved position in the data is of a run with {key}={state.get(key)!r}, this one has {value!r}"
                 )
         self._iterator.set_state(state["iterator"])
 
@@ -81,9 +80,9 @@ def train_batches(
 ) -> TrainBatches:
     """Batches of training windows, each epoch in a new order, without replacement within an epoch.
 
-    Process p of n yields rows p·batch_size/n … of each global batch, so the processes' parts, one after the
-    other, are the batch that a single process would see. A batch may hold the end of one epoch and the start of
-    the next.
+    Process p of n yields rows p·batch_size/n … of each global batch: the processes' parts, one after the
+    other, are the batch that a single process would see. A batch may hold the end of one epoch and the start
+    of the next.
 
     Args:
       seq_len: tokens that the model reads; a window has one more.
@@ -91,7 +90,7 @@ def train_batches(
       seed: of the order, 0 … 2**32-1.
       process_index, process_count: which part this process reads.
     Returns:
-      an endless iterator of {"tokens": int32 [batch_size / process_count, seq_len + 1]} with get_state, set_state.
+      an endless iterator of {"tokens": int32 [batch_size / process_count, seq_len + 1]}.
     Raises:
       UsageError: fewer windows than a batch; a batch that the processes can't share evenly; a bad seed.
     """
@@ -107,7 +106,7 @@ def train_batches(
     if len(windows) < batch_size:
         raise UsageError(
             f"{data.name} has {len(windows)} training windows of {seq_len} tokens, less than one batch of "
-            f"train.batch_size={batch_size}; lower data.seq_len or train.batch_size, or read more (data.max_bytes)"
+            f"train.batch_size={batch_size}; lower one of them, or read more (data.max_bytes)"
         )
     if len(windows) > MAX_WINDOWS:
         raise UsageError(f"{len(windows)} training windows are more than 2**32: raise data.seq_len")
@@ -120,14 +119,12 @@ def train_batches(
     return TrainBatches(iterator, identity)
 
 
-def eval_batches(
-    data: TextData, *, seq_len: int, batch_size: int, batches: int
-) -> list[dict[str, np.ndarray]]:
+def eval_batches(data: TextData, *, seq_len: int, batch_size: int, batches: int) -> list[dict[str, np.ndarray]]:
     """The same windows at every call, spread evenly over the whole evaluation split.
 
     Returns:
-      at most `batches` times {"tokens": int32 [batch_size, seq_len + 1], "weight": float32 [batch_size]}. Of a
-      split with fewer windows, all of them; rows that fill up the last batch are 0 with weight 0.
+      at most `batches` times {"tokens": int32 [batch_size, seq_len + 1], "weight": float32 [batch_size]};
+      of a split with fewer windows, all of them. Rows that fill up the last batch are 0 with weight 0.
     Raises:
       UsageError: if the split is shorter than one window.
     """

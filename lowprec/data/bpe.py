@@ -12,7 +12,7 @@ import numpy as np
 from lowprec.data.tokenizer import SEPARATOR
 from lowprec.errors import UsageError
 
-# Words with the blank before them, numbers of up to three digits, runs of signs or blanks: merges stay inside.
+# Words with the blank before them, up to three digits, signs, runs of blanks: merges stay inside.
 PIECES = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 MAX_TRAINING_BYTES = 2**25
 

@@ -5,12 +5,15 @@ import hashlib
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from lowprec.errors import UsageError
+
+ABANDONED_AFTER_SECONDS = 24 * 3600
 
 
 def cache_directory(root: Path) -> Path:
@@ -23,8 +26,7 @@ def cache_directory(root: Path) -> Path:
             if os.access(directory, os.W_OK):
                 return directory
     raise UsageError(
-        f"neither {root} (data.data_dir) nor {home} (XDG_CACHE_HOME) can be written: "
-        "the packed text needs a place"
+        f"neither {root} (data.data_dir) nor {home} (XDG_CACHE_HOME) can be written: the packed text needs a place"
     )
 
 
@@ -39,12 +41,22 @@ def cache_name(identity: dict) -> str:
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its name only when the block ends well; until then, and if killed, it has another."""
     hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    for left in filter(is_abandoned, path.parent.glob(f".{path.name}.*")):
+        left.unlink(missing_ok=True)
     try:
         with hidden.open("wb") as file:
             yield file
         hidden.replace(path)
     finally:
         hidden.unlink(missing_ok=True)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether nobody has written to this unfinished file or directory for a day: its process was killed."""
+    try:
+        return time.time() - path.stat().st_mtime > ABANDONED_AFTER_SECONDS
+    except FileNotFoundError:
+        return False
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -12,7 +12,7 @@ class DataConfig:
     Attributes:
       name: stdlib_text | markov_text[/vocab64-order1-alpha1.5-seed0-size1048576] | any TFDS text set, e.g.
         lm1b, tiny_shakespeare, c4/en, c4/en:3.0.1.
-      tokenizer: "byte" (256 tokens) or "bpe<vocab>", e.g. "bpe2048": BPE over bytes, trained on the train split.
+      tokenizer: "byte" (256 tokens) or "bpe<vocab>", e.g. "bpe2048", trained on the train split.
       seq_len: tokens that the model reads in one window.
       text_key: the feature of the set that holds the text.
       data_dir: where TFDS sets lie; "" is $TFDS_DATA_DIR, else ~/tensorflow_datasets.

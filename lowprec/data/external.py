@@ -20,7 +20,7 @@ def open_external(name: str, root: Path, *, download: bool, ours: Iterable[str])
       name: "set", "set/config" or "set/config:version".
       ours: names to suggest besides TFDS's.
     Raises:
-      UsageError: unknown name; not prepared and not to be fetched; no network; a tool to prepare it is missing.
+      UsageError: unknown name; not prepared and not to be fetched; no network; tools to prepare it missing.
     """
     base = _base_name(name, ours)
     with quiet():
@@ -32,7 +32,7 @@ def open_external(name: str, root: Path, *, download: bool, ours: Iterable[str])
         hint = f"nor is a set of that name prepared in {root}; TFDS's own: tensorflow.org/datasets/catalog"
         raise unknown("data set", name, {*ours, *_tfds_names()}, hint)
     if not download:
-        raise UsageError(_how_to_get(name, root, ours))
+        raise UsageError(_how_to_get(name, base, root, ours))
     return _fetch(name, root)
 
 
@@ -42,9 +42,7 @@ def _base_name(name: str, ours: Iterable[str]) -> str:
     try:
         parsed, _ = naming.parse_builder_name_kwargs(name)
     except ValueError:
-        raise unknown(
-            "data set", name, {*ours, *_tfds_names()}, "form: set, set/config, set/config:1.0.0"
-        ) from None
+        raise unknown("data set", name, {*ours, *_tfds_names()}, "form: set, set/config, set/config:1.0.0") from None
     if parsed.namespace:
         raise UsageError(
             f"data.name={name!r}: sets of the namespace {parsed.namespace!r} are looked up on the network at "
@@ -78,14 +76,15 @@ def _from_disk(name: str, root: Path):
         return None
     except Exception as error:  # a broken info file raises whatever its parser raises
         raise UsageError(
-            f"the prepared set {name!r} in {root} can't be read: {_first_line(error)}; "
-            "remove it and prepare it again"
+            f"the prepared set {name!r} in {root} can't be read: {_first_line(error)}; remove it and prepare it again"
         ) from error
 
 
-def _how_to_get(name: str, root: Path, ours: Iterable[str]) -> str:
+def _how_to_get(name: str, base: str, root: Path, ours: Iterable[str]) -> str:
+    found = sorted(path.parent.relative_to(root).as_posix() for path in root.glob(f"{base}/**/dataset_info.json"))
+    others = f" (but {', '.join(found)} is)" if found else ""
     return (
-        f"data set {name!r} is not prepared in {root}. To fetch and prepare it there (needs a network): "
+        f"data set {name!r} is not prepared in {root}{others}. To fetch and prepare it there (needs a network): "
         f'--config.data.download=True, or: python -c "{_prepare_code(name, root)}". Prepared elsewhere: '
         f"--config.data.data_dir=DIR or TFDS_DATA_DIR. Without a network: {', '.join(sorted(ours))}"
     )
@@ -109,8 +108,8 @@ def _fetch(name: str, root: Path):
     except Exception as error:  # whatever the set's own code raises: the request can't be served
         raise UsageError(
             f"data set {name!r} could not be prepared here: {type(error).__name__}: {_first_line(error)}. "
-            f"Some sets need tensorflow or apache_beam to be prepared (not to be read): run this where they are "
-            f'installed, and copy the directory: python -c "{_prepare_code(name, root)}"'
+            f"Some sets need tensorflow or apache_beam to be prepared (not to be read): run this where they "
+            f'are installed, and copy the directory: python -c "{_prepare_code(name, root)}"'
         ) from error
     return builder
 

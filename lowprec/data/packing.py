@@ -34,9 +34,7 @@ class PackedSplit:
     text_sha256: str
 
 
-def pack(
-    source: TextSource, split: str, tokenizer: Tokenizer, directory: Path, *, max_bytes: int = 0
-) -> PackedSplit:
+def pack(source: TextSource, split: str, tokenizer: Tokenizer, directory: Path, *, max_bytes: int = 0) -> PackedSplit:
     """Reads, tokenises and stores the split, unless `directory` has it already; a damaged store is made anew.
 
     Args:
@@ -63,8 +61,8 @@ def pack(
     if expected and not max_bytes and packed.text_sha256 != expected:
         path.with_suffix(".json").unlink(missing_ok=True)
         raise UnreadableSet(
-            f"{source.name} in {source.builder.data_path} is not the text it was made from (sha256 of {split} "
-            f"is {packed.text_sha256[:12]}…, was {expected[:12]}…); remove that directory and run again"
+            f"{source.name} in {source.builder.data_path} is not the text it was made from ({split}: sha256 "
+            f"{packed.text_sha256[:12]}…, not {expected[:12]}…); remove that directory and run again"
         )
     return packed
 

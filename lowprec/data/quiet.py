@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Inside the block tfds draws no progress bars and absl logs errors only; both are restored afterwards."""
+    """Inside the block tfds draws no progress bars and absl logs only errors; both come back afterwards."""
     # tfds has a switch for its bars but no public way to ask how the switch stands.
     from tensorflow_datasets.core.utils import tqdm_utils
 

@@ -44,10 +44,10 @@ class Corpus:
 
     @cached_property
     def sha256(self) -> str:
-        """Of every path and text: two corpora with the same hash give the same splits, byte for byte."""
+        """Of every path, split and text: the same hash means the same splits, byte for byte."""
         digest = hashlib.sha256()
         for document in self.documents:
-            digest.update(f"{document.path}\0{len(document.text)}\0".encode())
+            digest.update(f"{document.path}\0{document.split}\0{len(document.text)}\0".encode())
             digest.update(document.text)
         return digest.hexdigest()
 
@@ -77,7 +77,7 @@ def read_corpus(root: str | os.PathLike | None = None) -> Corpus:
     splits = {document.split for document in documents}
     if splits != {"train", "validation"}:
         raise UsageError(
-            f"data.name='stdlib_text': {len(documents)} Python sources in {top}: this Python comes without its "
-            "standard library's sources; use another Python, or another set (data.name=markov_text needs nothing)"
+            f"data.name='stdlib_text': {len(documents)} Python sources in {top}: this Python comes without "
+            "those of its standard library; use another, or data.name=markov_text, which needs nothing"
         )
     return Corpus(tuple(sorted(documents, key=lambda document: document.path)), platform.python_version())

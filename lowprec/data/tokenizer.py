@@ -15,7 +15,7 @@ MAX_VOCAB = 2**16
 class Tokenizer(Protocol):
     """What every tokenizer offers: decode(encode(text)) == text for any bytes.
 
-    A NUL byte is always a token of its own: documents joined by NUL encode to their own tokens, NUL's between.
+    A NUL byte is always a token of its own: documents joined by NUL encode to their tokens, NUL's between.
     """
 
     @property
@@ -62,12 +62,8 @@ def bpe_vocab(name: str) -> int | None:
         return None
     match = re.fullmatch(r"bpe([0-9]{1,9})", name)
     if not match:
-        raise UsageError(
-            f"unknown tokenizer {name!r}; choose byte, or bpe<vocab> such as bpe2048 (data.tokenizer)"
-        )
+        raise UsageError(f"unknown tokenizer {name!r}; choose byte, or bpe<vocab> such as bpe2048 (data.tokenizer)")
     vocab = int(match[1])
     if not 256 < vocab <= MAX_VOCAB:
-        raise UsageError(
-            f"tokenizer {name!r}: the vocabulary is 257 … {MAX_VOCAB}, the first 256 are the bytes"
-        )
+        raise UsageError(f"tokenizer {name!r}: the vocabulary is 257 … {MAX_VOCAB}, the first 256 are the bytes")
     return vocab

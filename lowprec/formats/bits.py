@@ -61,3 +61,23 @@ def times_power_of_two(x: Float[Array, "..."], exponent: Int[Array, "..."]) -> F
     subnormal = ((a & np.uint32(0x7FFFFF)) | IMPLICIT) >> jnp.clip(1 - field, 0, 31).astype(jnp.uint32)
     product = jnp.where(field >= 1, normal, subnormal)
     return from_bits(jnp.where(a == 0, a, product) | (bits & SIGN))
+
+
+def rescale(x: Float[Array, "..."], exponent: Int[Array, "..."]) -> Float[Array, "..."]:
+    """x · 2^exponent for any float32, subnormals, infinity and NaN included, without arithmetic that could flush them.
+
+    Exact where float32 holds the product; beyond, infinity; below, rounded to odd: a later rounding to any coarser
+    grid gives what it would give for the exact product.
+    """
+    bits = to_bits(x)
+    a = bits & MAGNITUDE
+    field = exponent_field(a)
+    # The significand as an integer below 2^24, with its implicit bit.
+    significand = jnp.where(field >= 1, (a & np.uint32(0x7FFFFF)) | IMPLICIT, a << jnp.clip(1 - field, 0, 31))
+    field = field + exponent
+    normal = (jnp.minimum(field, 255) << 23).astype(jnp.uint32) + (significand - IMPLICIT)
+    drop = jnp.clip(1 - field, 0, 31).astype(jnp.uint32)
+    kept = significand >> drop
+    subnormal = kept | (kept << drop != significand)
+    product = jnp.where(field >= 255, EXPONENT, jnp.where(field >= 1, normal, subnormal))
+    return from_bits(jnp.where((a == 0) | (a >= EXPONENT), a, product) | (bits & SIGN))

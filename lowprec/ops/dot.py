@@ -101,7 +101,10 @@ def _forward_operands(x, w, key, rule):
 def _forward(x, w, key, taps, call):
     rule = call.rule
     if rule.stochastic and key is None:
-        raise UsageError("the rule rounds or rotates at random in a backward product: it needs a key")
+        raise UsageError(
+            "the rule rounds or rotates at random, so its products need a key: in Flax rngs={'quant': key}, "
+            "and split_rngs={'quant': True} in a model's own nn.scan"
+        )
     fx, fw = _forward_operands(x, w, key, rule)
     from_original = [operand.source == "original" for operand in (rule.wgrad[1], rule.dgrad[1])]
     residuals = Residuals(

@@ -26,9 +26,7 @@ class Digits(OfflineBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description="Handwritten digits, 8×8 pixels, 17 grey levels.",
-            features=tfds.features.FeaturesDict(
-                {"image": image, "label": tfds.features.ClassLabel(num_classes=10)}
-            ),
+            features=tfds.features.FeaturesDict({"image": image, "label": tfds.features.ClassLabel(num_classes=10)}),
             disable_shuffling=True,
             license="CC BY 4.0",
         )

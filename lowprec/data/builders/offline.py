@@ -1,20 +1,18 @@
 """What our builders share: they are made from what the machine has, whole or not at all."""
 
 import shutil
-import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from lowprec.data.cache import is_abandoned
 from lowprec.data.quiet import quiet
 from lowprec.errors import UsageError
 
-ABANDONED_AFTER_SECONDS = 24 * 3600
 
-
-class OfflineBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class OfflineBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """A set that needs no network. A subclass says its features and yields its examples."""
 
     def _log_download_bytes(self) -> None:
@@ -27,11 +25,11 @@ class OfflineBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 def prepared(make: Callable[[], OfflineBuilder]) -> OfflineBuilder:
     """The builder with its files on disk, written now if they are not there.
 
-    tfds writes into a directory of its own and renames it when it is complete: a killed preparation leaves only
-    an `incomplete.*` directory, which nothing reads, and of two that run at once the first to finish wins.
+    tfds writes into a directory of its own and renames it when complete: a killed preparation leaves only an
+    `incomplete.*` directory, which nothing reads, and of two that run at once the first to finish wins.
 
     Args:
-      make: gives a new builder; called again after writing, because a builder reads its info when it is made.
+      make: gives a new builder.
     Raises:
       UsageError: if the directory can't be written.
     """
@@ -42,8 +40,8 @@ def prepared(make: Callable[[], OfflineBuilder]) -> OfflineBuilder:
             discard(builder)
         if not builder.is_prepared():
             _write(builder, make)
-            builder = make()
-    return builder
+        # A builder reads its info when it is made: this one was made before the files were there.
+        return builder if builder.info.splits else make()
 
 
 def discard(builder: OfflineBuilder) -> None:
@@ -54,6 +52,8 @@ def discard(builder: OfflineBuilder) -> None:
         path.rename(aside)
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise UsageError(f"the broken data set in {path} can't be removed: {error}") from error
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -72,7 +72,6 @@ def _write(builder: OfflineBuilder, make: Callable[[], OfflineBuilder]) -> None:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Directories of preparations that were killed at least a day ago."""
-    for left in path.parent.glob(f"incomplete.*_{path.name}"):
-        if time.time() - left.stat().st_mtime > ABANDONED_AFTER_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
+    """What killed preparations left."""
+    for left in filter(is_abandoned, path.parent.glob(f"incomplete.*_{path.name}")):
+        shutil.rmtree(left, ignore_errors=True)

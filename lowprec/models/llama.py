@@ -1,0 +1,61 @@
+"""A Llama-type decoder (arXiv 2302.13971): RMSNorm, rotary positions, grouped-query attention, SwiGLU, untied embeddings.
+
+Plain Linen, without a word about quantization; `nn.linen.quantize` brings a recipe to it.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lowprec.models.config import ModelConfig
+from lowprec.nn.attention import CausalSelfAttention
+from lowprec.nn.stack import LayerStack
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        c = self.config
+        dense = lambda features, name: nn.Dense(
+            features, use_bias=False, dtype=c.dtype, kernel_init=nn.initializers.normal(c.init_std), name=name
+        )
+        hidden_BTF = nn.silu(dense(c.gate_width, "gate")(x_BTD)) * dense(c.gate_width, "up")(x_BTD)
+        return dense(c.width, "down")(hidden_BTF)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: ModelConfig
+    path_prefix: str = ""
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        c = self.config
+        norm = partial(nn.RMSNorm, epsilon=c.norm_epsilon, dtype=c.dtype)
+        attention = CausalSelfAttention(c.heads, c.key_heads, c.init_std, c.rotary_base, c.dtype, name="attention")
+        x_BTD = x_BTD + attention(norm(name="attention_norm")(x_BTD))
+        return x_BTD + GatedMLP(c, name="mlp")(norm(name="mlp_norm")(x_BTD))
+
+
+class Llama(nn.Module):
+    """Logits of the next token."""
+
+    config: ModelConfig
+    vocab_size: int
+
+    @nn.compact
+    def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        c = self.config
+        init = nn.initializers.normal(c.init_std)
+        x_BTD = nn.Embed(self.vocab_size, c.width, dtype=c.dtype, embedding_init=init, name="embed")(tokens_BT)
+        x_BTD = LayerStack(partial(Block, c), c.layers, c.remat, name="layers")(x_BTD)
+        x_BTD = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=c.dtype, name="final_norm")(x_BTD)
+        logits_BTV = nn.Dense(self.vocab_size, use_bias=False, dtype=c.dtype, kernel_init=init, name="head")(x_BTD)
+        return logits_BTV.astype(jnp.float32)

@@ -1,0 +1,1 @@
+"""Flax adapters and the layers that methods change. Import what you use: `from lowprec.nn import linen`."""

@@ -1,0 +1,45 @@
+"""Recipes and their list as tables that people read."""
+
+from lowprec.ops.rule import PRODUCTS, GemmRule
+from lowprec.quantizers import Quantizer, StraightThrough
+
+
+def describe(recipe) -> str:
+    lines = [recipe.name if not recipe.source else f"{recipe.name}: {recipe.source}", ""]
+    for rule in recipe.rules:
+        lines.append(f"layers {rule.pattern}{'  (where there are any)' if rule.optional else ''}")
+        lines += [f"  {line}" for line in _describe_rule(rule.gemm)]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _describe_rule(gemm: GemmRule) -> list[str]:
+    if gemm.exact:
+        return ["left as they are"]
+    rows = [("product", "operand", "format", "rotation", "scale", "rounding", "gradient", "taken from")]
+    for product, (first, second, _) in PRODUCTS.items():
+        for operand, quantizer in zip((first, second), getattr(gemm, product), strict=True):
+            rows.append((product, operand, *_columns(quantizer, product)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    if gemm.normalize_input:
+        lines.append("x is divided by its root mean square first")
+    return [*lines, *(f"{name}: {formula}" for name, (*_, formula) in PRODUCTS.items())]
+
+
+def _columns(q: Quantizer, product: str) -> tuple[str, ...]:
+    if q.source == "reuse":
+        return ("as before", "", "", "", "", "the values of the earlier product")
+    source = {"original": "the original", "requantize": "the forward values"}[q.source]
+    if q.exact:
+        return ("as it is", "", "", "", "", source)
+    scale = str(q.scale) if hasattr(q.format, "block") else "none"
+    if q.correction:
+        scale += f", {q.correction}"
+    gradient = (
+        ""
+        if product != "fwd"
+        else str(q.estimator if not isinstance(q.estimator, StraightThrough) else "straight-through")
+    )
+    return (str(q.format), str(q.rotation or ""), scale, str(q.rounding), gradient, source)

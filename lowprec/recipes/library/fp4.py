@@ -1,0 +1,38 @@
+"""Four-bit floats."""
+
+from lowprec.ops import GemmRule
+from lowprec.quantizers import REUSE, AbsMax, Eden, FourOverSix, Hadamard, Quantizer
+from lowprec.recipes.recipe import everywhere
+
+NVFP4 = Quantizer("nvfp4", pad=True)
+WEIGHT_TILE = Quantizer("e2m1fn@16x16/e4m3fn.tensor", pad=True)
+RHT16 = Hadamard(16, signs="fixed")
+
+nvfp4 = everywhere(
+    "nvfp4",
+    GemmRule(
+        fwd=(NVFP4, WEIGHT_TILE),
+        dgrad=(Quantizer("nvfp4", rounding="stochastic", pad=True), REUSE),
+        wgrad=(
+            Quantizer("nvfp4", RHT16, rounding="stochastic", pad=True),
+            Quantizer("nvfp4", RHT16, source="original", pad=True),
+        ),
+    ),
+    "NVIDIA, arXiv 2509.25149; TransformerEngine NVFP4BlockScaling (without its high-precision layers and late switch)",
+)
+
+FOUR_OVER_SIX = Quantizer("nvfp4", scale=FourOverSix(), pad=True)
+RHT128 = Hadamard(128, signs="random")
+# 17/16 for the rounding of the scale, 0.93 clips a little because EDEN corrects the shrinkage; 255.99 lets a corrected
+# scale grow within e4m3.
+EDEN_SCALE = AbsMax(headroom=17 / 16 * 0.93, limit=255.99)
+EDEN = Quantizer("nvfp4", RHT128, scale=EDEN_SCALE, correction=Eden(128), pad=True)
+EDEN_AGAIN = Quantizer("nvfp4", RHT128, scale=EDEN_SCALE, correction=Eden(128), source="requantize", pad=True)
+
+quartet2 = everywhere(
+    "quartet2",
+    GemmRule(fwd=(FOUR_OVER_SIX, FOUR_OVER_SIX), dgrad=(EDEN, EDEN_AGAIN), wgrad=(EDEN, EDEN_AGAIN)),
+    "Quartet II, arXiv 2601.22813: NVFP4 with 4/6 forward, unbiased MS-EDEN backward",
+)
+
+RECIPES = (nvfp4, quartet2)

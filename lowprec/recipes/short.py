@@ -1,0 +1,100 @@
+"""The short form of a recipe, for configs and sweeps: "fwd=int4@row dgrad=int8@row(stochastic) wgrad=bf16".
+
+    recipe  := product "=" operand ["," operand] {" " product "=" …}      product: fwd (x, w), dgrad (dy, w), wgrad (dy, x)
+    operand := format ["(" option {" " option} ")"]
+    option  := a rounding mode | hadamard<size>[.fixed|.random] | clip | requantize
+
+One operand stands for both. A product left out stays as it is; so do embeddings and the head.
+"""
+
+import re
+from dataclasses import replace
+
+from lowprec.errors import UsageError, unknown
+from lowprec.formats.rounding import KINDS
+from lowprec.ops.rule import PRODUCTS, GemmRule
+from lowprec.quantizers import EXACT, REUSE, Clip, Hadamard, Quantizer
+from lowprec.recipes.recipe import Recipe, everywhere
+
+_OPERAND = re.compile(r"(?P<format>[^(),=]+)(?:\((?P<options>[^()]*)\))?")
+_HADAMARD = re.compile(r"hadamard(?P<size>\d+)(?:\.(?P<signs>fixed|random))?")
+_WORDS = {"exact": EXACT, "reuse": REUSE}
+
+
+def parse_short(text: str) -> Recipe:
+    """The recipe of a short form; `str` gives its canonical text.
+
+    Raises:
+      UsageError: (a ValueError) naming the part that is wrong.
+    """
+    products = {}
+    for part in re.split(r"\s+(?=\w+=)", text.strip()):
+        name, equals, operands = part.partition("=")
+        if not equals or name not in PRODUCTS:
+            raise unknown("product in a recipe", name, PRODUCTS, "a recipe reads fwd=… dgrad=… wgrad=…")
+        if name in products:
+            raise UsageError(f"recipe {text!r} gives {name} twice")
+        products[name] = _operands(operands, text, PRODUCTS[name][:2])
+    gemm = GemmRule(**products)
+    return everywhere(_canonical(gemm), gemm)
+
+
+def _operands(text, recipe, names):
+    parts = re.split(r",(?![^(]*\))", text)
+    if len(parts) > 2:
+        raise UsageError(
+            f"recipe {recipe!r}: {text!r} names {len(parts)} operands; a product has two, {' and '.join(names)}"
+        )
+    quantizers = [_operand(part.strip(), recipe) for part in parts]
+    return (quantizers[0], quantizers[-1])
+
+
+def _operand(text, recipe):
+    match = _OPERAND.fullmatch(text)
+    if not match:
+        raise UsageError(f"recipe {recipe!r}: {text!r} is not an operand, format(option option …)")
+    if match["format"] in _WORDS:
+        return _WORDS[match["format"]]
+    quantizer = Quantizer(match["format"], pad=True)
+    for option in (match["options"] or "").split():
+        quantizer = replace(quantizer, **_option(option))
+    return quantizer
+
+
+def _option(option):
+    rotation = _HADAMARD.fullmatch(option)
+    if rotation:
+        return {"rotation": Hadamard(int(rotation["size"]), rotation["signs"])}
+    if option == "clip":
+        return {"estimator": Clip()}
+    if option == "requantize":
+        return {"source": "requantize"}
+    if option.partition("[")[0] in KINDS:
+        return {"rounding": option}
+    raise unknown(
+        "option of an operand", option, (*KINDS, "hadamard16", "hadamard32", "hadamard128", "clip", "requantize")
+    )
+
+
+def _canonical(gemm: GemmRule) -> str:
+    parts = []
+    for product in PRODUCTS:
+        operands = [_operand_text(q) for q in getattr(gemm, product)]
+        if operands != ["exact", "exact"]:
+            parts.append(f"{product}={operands[0] if operands[0] == operands[1] else ','.join(operands)}")
+    return " ".join(parts) or "fwd=exact"
+
+
+def _operand_text(q):
+    if q in (EXACT, REUSE):
+        return "exact" if q == EXACT else "reuse"
+    options = []
+    if q.rotation:
+        options.append(f"hadamard{q.rotation.size}" + (f".{q.rotation.signs}" if q.rotation.signs else ""))
+    if q.rounding.kind != "nearest_even":
+        options.append(str(q.rounding))
+    if isinstance(q.estimator, Clip):
+        options.append("clip")
+    if q.source == "requantize":
+        options.append("requantize")
+    return f"{q.format}({' '.join(options)})" if options else str(q.format)

@@ -1,0 +1,312 @@
+"""A run's config: an ml_collections ConfigDict at the edge, frozen dataclasses inside.
+
+    config = default()                       # every key with its default value
+    config.model.width = 128
+    run = resolve(config)                    # RunConfig; wrong keys, types and values are errors that name the key
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from lowprec import recipes
+from lowprec.data import DataConfig
+from lowprec.errors import UsageError, unknown
+from lowprec.models import ModelConfig
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+# Keys that change how a run is carried out, recorded or placed, not what it computes.
+NOT_SEMANTIC = ("checkpoint.", "log.", "profile.", "mesh.", "data.data_dir", "data.download")
+# Counted up when the same config comes to mean another computation.
+SCHEMA = 1
+
+
+def _check(condition: bool, key: str, need: str, value: object) -> None:
+    if not condition:
+        raise UsageError(f"{key} is {need}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and batch of the training.
+
+    Attributes:
+      steps: optimizer updates.
+      batch_size: windows of data.seq_len tokens in an update, over all devices and microbatches.
+      accumulate: microbatches that an update is averaged over, one after the other; divides batch_size.
+    """
+
+    steps: int = 1000
+    batch_size: int = 16
+    accumulate: int = 1
+
+    def __post_init__(self):
+        _check(self.steps >= 1, "train.steps", "at least 1", self.steps)
+        _check(self.batch_size >= 1, "train.batch_size", "at least 1", self.batch_size)
+        divides = self.accumulate >= 1 and self.batch_size % self.accumulate == 0
+        _check(divides, "train.accumulate", f"a divisor of train.batch_size {self.batch_size}", self.accumulate)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule; the defaults are the set-up that QuEST and Quartet share, but for the learning rate.
+
+    Attributes:
+      name: one of `training.optimizer.names()`.
+      lr: the peak learning rate.
+      b1: decay of the first moment (adamw), momentum (sgd).
+      b2: decay of the second moment.
+      eps: added to its root.
+      weight_decay: decoupled, times the learning rate; not for norms and biases.
+      warmup_fraction: of all steps, over which the learning rate rises from a hundredth.
+      final_fraction: of the peak, to which it falls at the last step.
+      clip: the largest global norm of the gradient; 0: no clipping.
+    """
+
+    name: str = "adamw"
+    lr: float = 4e-3
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    warmup_fraction: float = 0.1
+    final_fraction: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self):
+        _check(self.lr >= 0, "optimizer.lr", "at least 0", self.lr)
+        for name in ("b1", "b2"):
+            _check(0 <= getattr(self, name) < 1, f"optimizer.{name}", "from 0 to below 1", getattr(self, name))
+        _check(self.eps > 0, "optimizer.eps", "above 0", self.eps)
+        _check(self.weight_decay >= 0, "optimizer.weight_decay", "at least 0", self.weight_decay)
+        for name in ("warmup_fraction", "final_fraction"):
+            _check(0 <= getattr(self, name) <= 1, f"optimizer.{name}", "from 0 to 1", getattr(self, name))
+        _check(self.clip >= 0, "optimizer.clip", "at least 0 (0: none)", self.clip)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out text; always also after the last step.
+
+    Attributes:
+      every: steps between evaluations; 0: only the last one.
+      batches: of train.batch_size windows each, spread over the evaluation split, the same every time.
+      health: whether the error of each quantized operand is measured too.
+    """
+
+    every: int = 100
+    batches: int = 8
+    health: bool = True
+
+    def __post_init__(self):
+        _check(self.every >= 0, "eval.every", "at least 0 (0: only after the last step)", self.every)
+        _check(self.batches >= 1, "eval.batches", "at least 1", self.batches)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints; always also after the last step and when the run is told to stop.
+
+    Attributes:
+      every: steps between checkpoints; 0: only the last one.
+      keep: how many of the newest are kept.
+    """
+
+    every: int = 100
+    keep: int = 2
+
+    def __post_init__(self):
+        _check(self.every >= 0, "checkpoint.every", "at least 0 (0: only after the last step)", self.every)
+        _check(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each axis has.
+
+    Attributes:
+      data: copies of the parameters; the batch is split over data and fsdp. -1: all devices that are left.
+      fsdp: parts that parameters and optimizer state are split into.
+      tensor: 1; splitting single products is not built yet.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        _check(self.data >= 1 or self.data == -1, "mesh.data", "at least 1, or -1 for all that are left", self.data)
+        _check(self.fsdp >= 1, "mesh.fsdp", "at least 1", self.fsdp)
+        _check(self.tensor == 1, "mesh.tensor", "1 (tensor parallelism is not built; use mesh.fsdp)", self.tensor)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is recorded.
+
+    Attributes:
+      every: steps between lines of metrics.jsonl.
+      tensorboard: whether TensorBoard events are written too (needs tensorboardX).
+    """
+
+    every: int = 1
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        _check(self.every >= 1, "log.every", "at least 1", self.every)
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of a few steps for the jax profiler, in the run directory's profile/.
+
+    Attributes:
+      steps: how many; 0: none.
+      skip: steps before them, in which things are compiled.
+    """
+
+    steps: int = 0
+    skip: int = 5
+
+    def __post_init__(self):
+        _check(self.steps >= 0, "profile.steps", "at least 0", self.steps)
+        _check(self.skip >= 1, "profile.skip", "at least 1", self.skip)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run computes, and how it is carried out.
+
+    Attributes:
+      seed: of the initial values, the order of the data and all rounding noise, 0 … 2**32-1.
+      recipe: a name of `recipes.names()`, or a short form such as "fwd=int4@row wgrad=bf16".
+    """
+
+    seed: int = 0
+    recipe: str = "bf16"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    def __post_init__(self):
+        _check(0 <= self.seed < 2**32, "seed", "0 … 2**32-1", self.seed)
+        _check(self.data.seq_len >= 1, "data.seq_len", "at least 1", self.data.seq_len)
+        # Spellings of one recipe are one recipe: the hash must not see the difference.
+        object.__setattr__(self, "recipe", str(recipes.parse(self.recipe)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested, as config.json holds it; `resolve` reads it back."""
+        return dataclasses.asdict(self)
+
+    def semantic(self) -> dict[str, Any]:
+        """Dotted key -> value of what the results depend on."""
+        return {key: value for key, value in flatten(self.to_dict()) if not key.startswith(NOT_SEMANTIC)}
+
+    def hash(self) -> str:
+        """16 hexadecimal digits that two configs share when they ask for the same computation."""
+        text = json.dumps({"schema": SCHEMA, **self.semantic()}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(first: RunConfig, second: RunConfig) -> list[tuple[str, Any, Any]]:
+    """(key, value in first, value in second) of the semantic keys in which they differ."""
+    other = second.semantic()
+    return [(key, value, other[key]) for key, value in first.semantic().items() if value != other[key]]
+
+
+def default() -> "ConfigDict":
+    """A ConfigDict with every key."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict(RunConfig().to_dict())
+
+
+def resolve(config: "ConfigDict | Mapping[str, Any] | RunConfig") -> RunConfig:
+    """The run that a config asks for. Keys left out keep their defaults; a key may be dotted: {"model.width": 128}.
+
+    Raises:
+      UsageError: (a ValueError) unknown key, wrong type or impossible value; it names the key and, where there is
+        one, the nearest valid one.
+    """
+    if isinstance(config, RunConfig):
+        return config
+    if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
+        raise UsageError(f"a config is a ConfigDict or a dict, not {type(config).__name__}")
+    given = dict(flatten(config if isinstance(config, Mapping) else config.to_dict()))
+    types = dict(_leaf_types(RunConfig))
+    for key, value in given.items():
+        if key not in types:
+            raise _unknown_key(key, value, types)
+    return _build(RunConfig, "", {key: _converted(key, value, types[key]) for key, value in given.items()})
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check_keys(keys: list[str]) -> None:
+    """Refuses dotted keys that no config has, naming the nearest."""
+    types = dict(_leaf_types(RunConfig))
+    for key in keys:
+        if key not in types:
+            raise _unknown_key(key, None, types)
+
+
+def _unknown_key(key: str, value: object, types: Mapping[str, type]) -> UsageError:
+    inside = [name for name in types if name.startswith(f"{key}.")]
+    if inside:
+        return UsageError(f"config key {key!r} is a group of {', '.join(inside)}; set one of those, not {value!r}")
+    # A forgotten or wrong group is a likelier slip than a wrong last name.
+    last = key.rpartition(".")[2]
+    elsewhere = [name for name in types if name.rpartition(".")[2] == last]
+    if elsewhere:
+        return UsageError(f"unknown config key {key!r}; did you mean {', '.join(elsewhere)}?")
+    return unknown("config key", key, types)
+
+
+def _leaf_types(cls: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    for name, kind in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _leaf_types(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", kind
+
+
+def _converted(key: str, value: object, kind: type) -> object:
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if kind is float and isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, str):
+        return value
+    raise UsageError(f"config key {key!r} takes {kind.__name__}, not {value!r} ({type(value).__name__})")
+
+
+def _build(cls: type, prefix: str, values: Mapping[str, Any]) -> Any:
+    arguments = {}
+    for name, kind in get_type_hints(cls).items():
+        key = f"{prefix}{name}"
+        if dataclasses.is_dataclass(kind):
+            arguments[name] = _build(kind, f"{key}.", values)
+        elif key in values:
+            arguments[name] = values[key]
+    return cls(**arguments)
