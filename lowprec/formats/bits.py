@@ -7,7 +7,7 @@ narrow floats may be elided on GPU. Integer operations have none of these faults
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt32
+from lowprec.typing import Array, Float, Int, UInt32
 
 SIGN = np.uint32(0x80000000)
 MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -53,7 +53,7 @@ def scaled_pattern(value: float, exponent: Int[Array, "..."]) -> UInt32[Array, "
 
 
 def times_power_of_two(x: Float[Array, "..."], exponent: Int[Array, "..."]) -> Float[Array, "..."]:
-    """x · 2^exponent for normal numbers and zeros, exact wherever float32 (with its subnormals) holds the product."""
+    """`rescale` for normal numbers and zeros whose product float32 (with its subnormals) holds exactly: cheaper."""
     bits = to_bits(x)
     a = bits & MAGNITUDE
     field = (a >> 23).astype(jnp.int32) + exponent
@@ -63,21 +63,26 @@ def times_power_of_two(x: Float[Array, "..."], exponent: Int[Array, "..."]) -> F
     return from_bits(jnp.where(a == 0, a, product) | (bits & SIGN))
 
 
-def rescale(x: Float[Array, "..."], exponent: Int[Array, "..."]) -> Float[Array, "..."]:
-    """x · 2^exponent for any float32, subnormals, infinity and NaN included, without arithmetic that could flush them.
+def significand_and_field(magnitude: UInt32[Array, "..."]) -> tuple[UInt32[Array, "..."], Int[Array, "..."]]:
+    """(s, field) of magnitude bits: the value is s · 2^(field - 150), and 2^23 <= s < 2^24, or s = 0 for zero."""
+    field = exponent_field(magnitude)
+    fraction = magnitude & np.uint32(0x7FFFFF)
+    return jnp.where(field >= 1, fraction | IMPLICIT, magnitude << jnp.clip(1 - field, 0, 31).astype(jnp.uint32)), field
 
-    Exact where float32 holds the product; beyond, infinity; below, rounded to odd: a later rounding to any coarser
-    grid gives what it would give for the exact product.
+
+def rescale(x: Float[Array, "..."], exponent: Int[Array, "..."]) -> Float[Array, "..."]:
+    """x · 2^exponent for every float32, subnormals, infinity and NaN included: no arithmetic that could flush them.
+
+    Exact where float32 holds the product; infinity beyond; below, rounded to odd, so that a later rounding to a coarser
+    grid gives what the exact product would give.
     """
     bits = to_bits(x)
     a = bits & MAGNITUDE
-    field = exponent_field(a)
-    # The significand as an integer below 2^24, with its implicit bit.
-    significand = jnp.where(field >= 1, (a & np.uint32(0x7FFFFF)) | IMPLICIT, a << jnp.clip(1 - field, 0, 31))
+    significand, field = significand_and_field(a)
     field = field + exponent
     normal = (jnp.minimum(field, 255) << 23).astype(jnp.uint32) + (significand - IMPLICIT)
-    drop = jnp.clip(1 - field, 0, 31).astype(jnp.uint32)
-    kept = significand >> drop
-    subnormal = kept | (kept << drop != significand)
+    dropped = jnp.clip(1 - field, 0, 31).astype(jnp.uint32)
+    kept = significand >> dropped
+    subnormal = kept | (kept << dropped != significand).astype(jnp.uint32)
     product = jnp.where(field >= 255, EXPONENT, jnp.where(field >= 1, normal, subnormal))
     return from_bits(jnp.where((a == 0) | (a >= EXPONENT), a, product) | (bits & SIGN))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from lowprec.typing import Array
 
 from lowprec.errors import UsageError
 from lowprec.formats.types import Block
@@ -40,9 +40,7 @@ class BlockLayout:
 
     def broadcast_scale(self, scale: Array) -> Array:
         """Entries of `scale_shape` as an array that broadcasts against `split(x)`."""
-        return scale.reshape(
-            tuple(1 if axis in self.members else size for axis, size in enumerate(self.split_shape))
-        )
+        return scale.reshape(tuple(1 if axis in self.members else size for axis, size in enumerate(self.split_shape)))
 
 
 def block_layout(shape: tuple[int, ...], block: Block, axis: int, pad: bool = False) -> BlockLayout:
@@ -63,9 +61,7 @@ def block_layout(shape: tuple[int, ...], block: Block, axis: int, pad: bool = Fa
         raise UsageError(f"an array of shape {shape} has no axis {axis}")
     axis %= len(shape)
     if block == "row":
-        return BlockLayout(
-            shape, shape, shape, (axis,), tuple(1 if i == axis else n for i, n in enumerate(shape))
-        )
+        return BlockLayout(shape, shape, shape, (axis,), tuple(1 if i == axis else n for i, n in enumerate(shape)))
     outer, inner = block
     sizes = {axis: inner}
     if outer > 1:

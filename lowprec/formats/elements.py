@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt, UInt32
+from lowprec.typing import Array, Float, Int, UInt, UInt32
 
 from lowprec.formats import floats, integers, tables
 from lowprec.formats.grammar import parse
@@ -45,6 +45,7 @@ def round_to(
       ValueError: stochastic rounding without a key; a name that is not known.
       TypeError: x is not of a supported dtype.
     """
+    x = jnp.asarray(x)
     return _rounded(x, fmt, rounding, key, saturate).astype(x.dtype)
 
 
@@ -106,7 +107,7 @@ def round_elements(
     saturate: bool = True,
     exponent: Int[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
-    """float32 x rounded to the values element · 2^exponent; `random` holds 32 bits an element if the mode needs them."""
+    """float32 x rounded to the values element · 2^exponent; `random`: 32 bits an element, for the stochastic modes."""
     if isinstance(element, FloatFormat):
         return floats.round_float(x, element, rounding, random, saturate, exponent)
     if isinstance(element, IntFormat):

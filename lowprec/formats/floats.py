@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from lowprec.typing import Array, Float, Int, UInt32
 
 from lowprec.formats.bits import (
     EXPONENT,
@@ -40,12 +40,8 @@ class Cell:
 
     def pattern(self) -> UInt32[Array, "..."]:
         """float32 bits of k · quantum."""
-        beyond = (
-            jnp.maximum(self.shift, 24) - 24
-        )  # k is 0 or 1 there, and the quantum lies above the binade of m
-        bits = ((self.base + beyond.astype(jnp.int32) - 1).astype(jnp.uint32) << 23) + (
-            self.k << (self.shift - beyond)
-        )
+        beyond = jnp.maximum(self.shift, 24) - 24  # k is 0 or 1 there, and the quantum lies above the binade of m
+        bits = ((self.base + beyond.astype(jnp.int32) - 1).astype(jnp.uint32) << 23) + (self.k << (self.shift - beyond))
         return jnp.where(self.k == 0, _ZERO, bits)
 
 
@@ -72,7 +68,11 @@ def round_magnitude(
     shift = jnp.minimum(dropped, 31)
     if rounding.stochastic:
         # Below 2^-8 quanta δ is kept to 31 bits, so that far values round up as rarely as they should.
-        m = m >> jnp.minimum(dropped - shift, 31)
+        beyond = jnp.minimum(dropped - shift, 31)
+        kept = m >> beyond
+        if rounding.kind == "stochastic_equal" or rounding.random_bits:
+            kept = kept | (kept << beyond != m).astype(jnp.uint32)  # ties and zero are told from what lies above them
+        m = kept
     m, plus = increment(rounding, m, shift, negative, random)
     return Cell((m + plus) >> shift, dropped, base, binade)
 

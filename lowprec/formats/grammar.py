@@ -96,15 +96,14 @@ def _build_float(match):
     if family.startswith("_p3109"):
         # IEEE P3109: NaN takes the code of negative zero, or, unsigned, the last one; extended formats have infinities.
         unsigned, extended = "u" in family, family.endswith("e")
-        return FloatFormat(e, m, 1 << (e - 1), extended, "fn" if unsigned else "fnuz", signed=not unsigned)
+        bias = 1 << (e - 1) if e else 0
+        return FloatFormat(e, m, bias, extended, "fn" if unsigned else "fnuz", signed=not unsigned)
     fields = _family_fields(family, e, m)
     for flag in filter(None, match["flags"].split("_")):
         if flag not in _FLAGS:
             raise unknown("flag of a float format", flag, _FLAGS)
         fields[_FLAGS[flag][0]] = _FLAGS[flag][1]
-    bias = (
-        int(match["b"].replace("_", "-")) if match["b"] else (1 << (e - 1)) - (family != "fnuz") if e else 0
-    )
+    bias = int(match["b"].replace("_", "-")) if match["b"] else (1 << (e - 1)) - (family != "fnuz") if e else 0
     return FloatFormat(e, m, bias, **fields)
 
 
@@ -164,9 +163,7 @@ def parse_scale(name: str) -> ScaleSpec:
             raise unknown("rule of an e8m0 scale", rule, E8M0_RULES)
         return ScaleSpec(E8M0, rule)
     if rule not in ("", "tensor"):
-        raise UsageError(
-            f"scale {name!r}: after the dot stands 'tensor' (a second level) or, for e8m0, a rule"
-        )
+        raise UsageError(f"scale {name!r}: after the dot stands 'tensor' (a second level) or, for e8m0, a rule")
     element = parse_element(base)
     if not isinstance(element, FloatFormat):
         raise UsageError(f"scale {name!r} is not a floating-point format")

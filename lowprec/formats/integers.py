@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from lowprec.typing import Array, Float, Int, UInt32
 
 from lowprec.formats.bits import MAGNITUDE, SIGN, from_bits, scaled_pattern, to_bits
 from lowprec.formats.floats import round_magnitude
@@ -55,7 +55,8 @@ def _round_midrise(x, fmt, rounding, random):
     if rounding.kind != "nearest_even":
         return round_table(x, TableFormat(str(fmt), tuple(value_list(fmt).tolist())), rounding, random)
     # Cells are [n, n + 1) with the value n + ½; at an integer the even of the codes n - 1 and n wins.
-    floor = jnp.floor(z)
+    u = to_bits(x)
+    floor = jnp.where((z == 0) & (u > SIGN), -1.0, jnp.floor(z))  # what a CPU flushed to -0 lies below it
     tie_to_lower = (z == floor) & (floor.astype(jnp.int32) % 2 != 0)
     return (floor + jnp.where(tie_to_lower, -0.5, 0.5)) * fmt.step
 

@@ -7,7 +7,7 @@ a 1-bit format. The order is that of `lax.bitcast_convert_type` on native int4, 
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, UInt, UInt8
+from lowprec.typing import Array, UInt, UInt8
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -24,7 +24,7 @@ def pack(codes: UInt[Array, "... n"], bits: int) -> UInt8[Array, "... bytes"]:
     _check(bits)
     size, (group, width) = codes.shape[-1], _group(bits)
     padding = [(0, 0)] * (codes.ndim - 1) + [(0, -size % group)]
-    groups = jnp.pad(codes, padding).reshape(*codes.shape[:-1], -1, group).astype(jnp.uint32)
+    groups = jnp.pad(codes, padding).reshape(*codes.shape[:-1], -(-size // group), group).astype(jnp.uint32)
     columns = []
     for byte in range(width):
         column = jnp.zeros(groups.shape[:-1], jnp.uint32)
@@ -34,7 +34,7 @@ def pack(codes: UInt[Array, "... n"], bits: int) -> UInt8[Array, "... bytes"]:
                 code = groups[..., index]
                 column = column | (code << offset if offset >= 0 else code >> -offset)
         columns.append((column & 0xFF).astype(jnp.uint8))
-    stream = jnp.stack(columns, axis=-1).reshape(*codes.shape[:-1], -1)
+    stream = jnp.stack(columns, axis=-1).reshape(*codes.shape[:-1], groups.shape[-2] * width)
     return stream[..., : packed_size(size, bits)]
 
 
@@ -46,12 +46,11 @@ def unpack(packed: UInt8[Array, "... bytes"], bits: int, size: int) -> UInt[Arra
     """
     _check(bits)
     if packed.shape[-1] != packed_size(size, bits):
-        raise ValueError(
-            f"{size} codes of {bits} bits fill {packed_size(size, bits)} bytes, not {packed.shape[-1]}"
-        )
+        raise ValueError(f"{size} codes of {bits} bits fill {packed_size(size, bits)} bytes, not {packed.shape[-1]}")
     group, width = _group(bits)
-    padding = [(0, 0)] * (packed.ndim - 1) + [(0, -packed.shape[-1] % width)]
-    groups = jnp.pad(packed, padding).reshape(*packed.shape[:-1], -1, width).astype(jnp.uint32)
+    count = -(-size // group)
+    padding = [(0, 0)] * (packed.ndim - 1) + [(0, count * width - packed.shape[-1])]
+    groups = jnp.pad(packed, padding).reshape(*packed.shape[:-1], count, width).astype(jnp.uint32)
     codes = []
     for index in range(group):
         code = jnp.zeros(groups.shape[:-1], jnp.uint32)
@@ -62,7 +61,7 @@ def unpack(packed: UInt8[Array, "... bytes"], bits: int, size: int) -> UInt[Arra
                 code = code | (value >> offset if offset >= 0 else value << -offset)
         codes.append(code & ((1 << bits) - 1))
     dtype = jnp.uint8 if bits <= 8 else jnp.uint16
-    return jnp.stack(codes, axis=-1).reshape(*packed.shape[:-1], -1)[..., :size].astype(dtype)
+    return jnp.stack(codes, axis=-1).reshape(*packed.shape[:-1], count * group)[..., :size].astype(dtype)
 
 
 def _group(bits):

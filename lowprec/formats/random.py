@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, UInt32
+from lowprec.typing import Array, UInt32
 
 from lowprec.errors import unknown
 

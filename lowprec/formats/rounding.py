@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, UInt32
+from lowprec.typing import Array, Bool, UInt32
 
 from lowprec.errors import UsageError, unknown
 
@@ -42,12 +42,11 @@ class Rounding:
             raise unknown("rounding", self.kind, KINDS)
         if self.random_bits is not None and (self.kind != "stochastic" or not 1 <= self.random_bits <= 24):
             raise UsageError(
-                f"only stochastic rounding takes a number of random bits, 1 to 24, not {self.random_bits} for {self.kind}"
+                "only stochastic rounding takes a number of random bits, 1 to 24; "
+                f"not {self.random_bits} for {self.kind}"
             )
         if self.variant not in ("A", "B", "C"):
-            raise UsageError(
-                f"the variants of few-bit stochastic rounding are A, B and C, not {self.variant!r}"
-            )
+            raise UsageError(f"the variants of few-bit stochastic rounding are A, B and C, not {self.variant!r}")
 
     @property
     def stochastic(self) -> bool:
@@ -108,7 +107,8 @@ def increment(
         case "stochastic_equal":
             return m, jnp.where(random >> 31, mask, zero)
     if rounding.random_bits is None:
-        return m, random & mask
+        # The leading bits: with one random word the results ascend with x, also where its binades share a cell.
+        return m, (random >> 1) >> (31 - shift)
     return _few_bits(rounding, m, shift, random)
 
 

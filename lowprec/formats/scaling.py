@@ -4,27 +4,30 @@ Two questions are kept apart: which scale a block should have (amax / max, or wh
 that number is rounded to the scale's own format (`ScaleSpec`). All of it in float32.
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from lowprec.typing import Array, Float, Int
 
 from lowprec.formats.bits import (
     EXPONENT,
     MAGNITUDE,
-    exponent_field,
     from_bits,
     pattern,
     power_of_two,
+    rescale,
+    significand_and_field,
     to_bits,
 )
 from lowprec.formats.blocks import BlockLayout
 from lowprec.formats.floats import round_float
 from lowprec.formats.rounding import Rounding
-from lowprec.formats.types import ElementFormat, FloatFormat, IntFormat, ScaleSpec
+from lowprec.formats.types import FLOAT32, ElementFormat, FloatFormat, IntFormat, ScaleSpec
 
 _SMALLEST = np.float32(2.0**-126)  # below, 1 / scale would overflow and CPUs flush the scale to zero
+_LARGEST = np.finfo(np.float32).max
 
 
 class Scale(NamedTuple):
@@ -34,6 +37,8 @@ class Scale(NamedTuple):
       block: float32, shaped to broadcast against the split array; exactly the stored numbers.
       exponent: log2 of `block`, int32, when it is a power of two by its format.
       tensor: the second level, a float32 scalar.
+
+    The scale NaN marks a block that holds an infinity or NaN: all its values are NaN.
     """
 
     block: Float[Array, "..."]
@@ -41,11 +46,16 @@ class Scale(NamedTuple):
     tensor: Float[Array, ""] | None = None
 
     def divide(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """x / scale, as a product with the reciprocal of the scale."""
+        """x / scale: exact for powers of two, else a product with the reciprocal of the scale."""
+        if self.exponent is not None:
+            return jnp.where(jnp.isnan(self.block), jnp.nan, rescale(x, -self.exponent))
         inverse = 1 / self.block if self.tensor is None else (1 / self.tensor) / self.block
         return x * inverse
 
     def multiply(self, elements: Float[Array, "..."]) -> Float[Array, "..."]:
+        """elements · scale, the values."""
+        if self.exponent is not None:
+            return jnp.where(jnp.isnan(self.block), jnp.nan, rescale(elements, self.exponent))
         y = elements * self.block
         return y if self.tensor is None else y * self.tensor
 
@@ -53,11 +63,17 @@ class Scale(NamedTuple):
         return self.block if self.tensor is None else self.block * self.tensor
 
 
-def block_amax(x: Float[Array, "..."], layout: BlockLayout) -> Float[Array, "..."]:
-    """max |x| of each block of a split array; exact for subnormals; NaN when the block holds one."""
+def block_amax(x: Float[Array, "..."], layout: BlockLayout, exact: bool = True) -> Float[Array, "..."]:
+    """max |x| of each block of a split array; NaN when the block holds one.
+
+    Args:
+      exact: also where the whole block is subnormal, which CPUs take for zero. Scales that cannot be so small do not
+        need it, and XLA's float maximum is several times faster.
+    """
+    if not exact:
+        return jnp.max(jnp.abs(x), axis=layout.members, keepdims=True, initial=0)
     # On bit patterns the order is that of the magnitudes, with NaN above all: nothing is flushed to zero.
-    magnitude = (to_bits(x) & MAGNITUDE).astype(jnp.int32)
-    return from_bits(jnp.max(magnitude, axis=layout.members, keepdims=True).astype(jnp.uint32))
+    return from_bits(_max_bits(to_bits(x) & MAGNITUDE, axis=layout.members, keepdims=True))
 
 
 def scale_from_amax(
@@ -69,45 +85,45 @@ def scale_from_amax(
 ) -> Scale:
     """The scale that maps amax to the largest element value.
 
+    A block that holds an infinity or a NaN gets the scale NaN, and no other block notices.
+
     Args:
       amax: of each block, non-negative.
       headroom: amax maps to max / headroom: above 1 leaves room, below 1 clips.
       limit: of two-level scales: the largest block scale used; the format's maximum when None.
     """
     if spec.power_of_two and headroom == 1.0:
-        exponent = power_of_two_rule(amax, element, spec.rule)
-        return _power_of_two_scale(exponent, amax)
+        return _power_of_two_scale(power_of_two_rule(amax, element, spec.rule), amax)
     top = np.float32(element.max / headroom)
+    bits = to_bits(amax)
+    finite = bits < EXPONENT
+    # Exactly zero only where amax is: a quotient that a CPU flushes to zero still wants the smallest scale.
+    wanted = jnp.where(bits == 0, 0.0, jnp.where(finite, jnp.clip(amax / top, _SMALLEST, _LARGEST), jnp.nan))
     if not spec.per_tensor:
-        return store_scale(amax / top, spec)
+        return store_scale(wanted, spec)
     largest = np.float32(spec.format.max if limit is None else limit)
-    tensor_amax = jnp.max(amax)
-    tensor = jnp.where(tensor_amax > 0, jnp.maximum(tensor_amax / (largest * top), _SMALLEST), 1.0)
-    return store_scale(amax / top / tensor, spec, largest)._replace(tensor=tensor)
+    tensor_bits = _max_bits(jnp.where(finite, bits, np.uint32(0)))
+    tensor = jnp.where(tensor_bits == 0, 1.0, jnp.maximum(from_bits(tensor_bits) / (largest * top), _SMALLEST))
+    return store_scale(wanted / tensor, spec, largest)._replace(tensor=tensor)
 
 
 def store_scale(wanted: Float[Array, "..."], spec: ScaleSpec, limit: float | None = None) -> Scale:
-    """A wanted scale, rounded to the scale's format; zero becomes 1 (any scale serves a block of zeros).
+    """A wanted scale, rounded to the scale's format; zero becomes 1 (any scale serves a block of zeros), infinity NaN.
 
-    Powers of two: floor, ceil and nearest (in log2) of the wanted scale itself, whatever the element.
+    Powers of two: floor, ceil, nearest (in log2) … of the wanted scale itself, whatever the element.
     """
+    bits = to_bits(wanted)
     if spec.power_of_two:
-        exponent = power_of_two_rule(wanted, None, spec.rule)
-        return _power_of_two_scale(jnp.where(wanted == 0, 0, exponent), wanted)
-    wanted = jnp.where(wanted == 0, 1.0, wanted)
-    if spec.format.exponent_bits == 8:
-        scale = jnp.maximum(wanted, _SMALLEST)
-        return Scale(
-            scale if spec.format.mantissa_bits == 23 else round_float(scale, spec.format, Rounding())
-        )
-    largest = spec.format.max if limit is None else limit
+        return _power_of_two_scale(jnp.where(bits == 0, 0, power_of_two_rule(wanted, None, spec.rule)), wanted)
     # Narrow scales stay at or above the smallest normal number: a subnormal one would itself be inexact.
-    return Scale(round_float(jnp.clip(wanted, spec.format.min_normal, largest), spec.format, Rounding()))
+    lowest, largest = max(spec.format.min_normal, _SMALLEST), spec.format.max if limit is None else limit
+    scale = jnp.clip(jnp.where(bits == 0, 1.0, wanted), lowest, largest)
+    if spec.format != FLOAT32:
+        scale = round_float(scale, spec.format, Rounding())
+    return Scale(jnp.where(bits >= EXPONENT, jnp.nan, scale))
 
 
-def power_of_two_rule(
-    amax: Float[Array, "..."], element: ElementFormat | None, rule: str
-) -> Int[Array, "..."]:
+def power_of_two_rule(amax: Float[Array, "..."], element: ElementFormat | None, rule: str) -> Int[Array, "..."]:
     """The exponent of an e8m0 scale, -127 to 127 (OCP Microscaling 1.0; the rules as torchao names them).
 
     With amax = 2^E (1 + f) and the largest element 2^e (1 + f_max): floor: E - e (OCP; may clip). ceil: one more when
@@ -117,31 +133,48 @@ def power_of_two_rule(
     Args:
       element: None stands for a largest element of 1: the rules then round log2(amax) itself.
     """
-    largest = 1.0 if element is None else element.max
-    bits = to_bits(amax)
-    top_field, top_fraction = int(pattern(largest) >> 23), int(pattern(largest) & 0x7FFFFF)
-    fraction = (bits & np.uint32(0x7FFFFF)).astype(jnp.int32)
-    floor = exponent_field(bits) - top_field
+    largest = int(pattern(1.0 if element is None else element.max))
+    top, top_field = (largest & 0x7FFFFF) | 0x800000, largest >> 23
+    significand, field = significand_and_field(to_bits(amax))
+    floor = field - top_field
+    above, below = _significands(rule, top, _mantissa_bits(element))
+    if rule == "rceil":
+        # There the product is subnormal: float32 rounds it to a multiple of 2^-149.
+        above = jnp.where(floor == -127, np.uint32(_last_without_carry(top, 24)), np.uint32(above))
+    return jnp.clip(
+        floor + (significand > above).astype(jnp.int32) - (significand < below).astype(jnp.int32), -127, 127
+    )
+
+
+def _significands(rule, top, mantissa_bits):
+    """The significands of amax, as integers of 24 bits, above and below which the exponent is not floor's."""
+    never = 1 << 24
     match rule:
         case "floor":
-            exponent = floor
+            return never, 0
         case "ceil":
-            exponent = floor + (fraction > 0)
+            return 1 << 23, 0
         case "even":
-            half = np.uint32(1 << (22 - _mantissa_bits(element)))
-            exponent = ((bits + half) >> 23).astype(jnp.int32) - top_field
-        case "nearest":
-            ratio = to_bits(amax / np.float32(largest))
-            exponent = (
-                exponent_field(ratio) - 127 + ((ratio & np.uint32(0x7FFFFF)) > (pattern(2**0.5) & 0x7FFFFF))
-            )
+            return never - 1 - ((1 << 23) >> (mantissa_bits + 1)), 0
+        case "nearest":  # (amax / max)² beyond 2 or ½
+            return math.isqrt(2 * top * top), math.isqrt((top * top - 1) // 2) + 1
         case "rceil":
-            ratio = to_bits(amax * (np.float32(1) / np.float32(largest)))
-            field, rest = (ratio >> 23).astype(jnp.int32), (ratio & np.uint32(0x7FFFFF)).astype(jnp.int32)
-            exponent = field - 127 + jnp.where(field == 0, rest > 0x400000, rest > 0)
+            return _last_without_carry(top, 23), 0
         case "rceil_exact":
-            exponent = floor + (fraction > top_fraction)
-    return jnp.clip(exponent.astype(jnp.int32), -127, 127)
+            return top, 0
+
+
+def _last_without_carry(top, half):
+    """The largest s whose product with fl(1 / max), rounded to 24 bits (23 if `half` is 24), is the power of two."""
+    if top == 1 << 23:
+        return top + (half == 24)
+    inverse = int(pattern(np.float32(1) / np.float32(top))) & 0x7FFFFF | 0x800000
+    return ((1 << 47) + (1 << half)) // inverse
+
+
+def _max_bits(magnitude, **over):
+    """The largest of float32 magnitude bits; 0 of an empty array."""
+    return jnp.max(magnitude.astype(jnp.int32), initial=0, **over).astype(jnp.uint32)
 
 
 def _power_of_two_scale(exponent, amax):

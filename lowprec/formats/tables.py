@@ -1,8 +1,12 @@
-"""Rounding float32 to the values of a code book, and its codes."""
+"""Rounding float32 to the values of a code book, and its codes.
+
+Values are compared as integers in the order of float32: comparisons of floats take subnormals for zero on CPUs.
+"""
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt32
+from jax import lax
+from lowprec.typing import Array, Bool, Float, Int, UInt32
 
 from lowprec.formats.rounding import Rounding
 from lowprec.formats.types import TableFormat
@@ -33,52 +37,75 @@ def decode_table(codes: UInt32[Array, "..."], fmt: TableFormat) -> Float[Array, 
 
 def _nearest_code(x, fmt, rounding, random):
     values = np.asarray(fmt.values, np.float32)
-    x = jnp.clip(x, values[0], values[-1])
+    place = jnp.clip(_order(x), _order_of(values[0]), _order_of(values[-1]))
     if rounding.kind in ("nearest_even", "nearest_away", "nearest_zero"):
-        return _code_by_midpoints(x, values, rounding.kind)
-    lower = _count_reached(x, values[1:])
-    table = TableFormat("neighbours", tuple(values.tolist()))
-    low, high = decode_table(lower, table), decode_table(jnp.minimum(lower + 1, len(values) - 1), table)
-    inexact = x > low
+        return _code_by_midpoints(place, values, rounding.kind)
+    lower = _count_reached(place, values[1:])
+    low, high = decode_table(lower, fmt), decode_table(jnp.minimum(lower + 1, len(values) - 1), fmt)
+    negative = place < 0
     match rounding.kind:
         case "up":
-            up = inexact
+            up = True
         case "down":
-            up = jnp.zeros_like(inexact)
+            up = False
         case "away":
-            up = inexact & (x > 0)
+            up = ~negative
         case "toward_zero":
-            up = inexact & (x < 0)
+            up = negative
         case "odd":
-            up = inexact & (lower % 2 == 0)
+            up = lower % 2 == 0
         case "stochastic_equal":
-            up = inexact & (random >> 31 == 1)
+            up = random >> 31 == 1
         case "stochastic":
-            fraction = (x - low) / jnp.where(high > low, high - low, 1)
-            bits = rounding.random_bits or 24
-            uniform = (random >> np.uint32(32 - bits)).astype(jnp.float32) * np.float32(2.0**-bits)
-            up = inexact & (uniform < fraction)
-    return lower + up.astype(jnp.uint32)
+            # As for floats δ is the fraction dropped from the magnitude: the way from the neighbour toward zero.
+            x = jnp.clip(x, values[0], values[-1])
+            way = jnp.where(negative, high - x, x - low) / jnp.where(high > low, high - low, 1)
+            up = negative ^ _moves_away(way, rounding, random)
+    return lower + ((place > _order(low)) & up).astype(jnp.uint32)
 
 
-def _code_by_midpoints(x, values, kind):
+def _moves_away(fraction: Float[Array, "..."], rounding, random) -> Bool[Array, "..."]:
+    """True with probability `fraction`, or what few random bits make of it: see `Rounding`."""
+    k = rounding.random_bits
+    if k is None:
+        threshold = jnp.minimum(fraction, np.float32(1 - 2**-24)) * np.float32(2**32)
+        return random < threshold.astype(jnp.uint32)
+    steps = fraction * np.float32(2**k)
+    steps = {"A": jnp.floor(steps), "B": jnp.floor(steps + 0.5), "C": jnp.round(steps)}[rounding.variant]
+    return (random >> np.uint32(32 - k)) + steps.astype(jnp.uint32) >= np.uint32(1 << k)
+
+
+def _code_by_midpoints(place, values, kind):
     """Counts the midpoints that x has passed; what happens at a midpoint depends on the mode."""
-    middles = ((values[:-1].astype(np.float64) + values[1:]) / 2).astype(np.float32)
+    exact = (values[:-1].astype(np.float64) + values[1:]) / 2
+    middles = exact.astype(np.float32)
     codes = np.arange(len(middles))
     inclusive = {
         "nearest_even": codes % 2 == 1,  # from an odd code the tie goes up to the even one
         "nearest_away": middles >= 0,
         "nearest_zero": middles < 0,
     }[kind]
-    # x reaches a midpoint that counts the tie, and must exceed one that does not: compare with the next float.
-    thresholds = np.where(inclusive, middles, np.nextafter(middles, np.float32(np.inf)))
-    return _count_reached(x, thresholds)
+    # x must reach the first float32 that counts: the midpoint, the one after it, or what lies above one in between.
+    beyond = np.where(middles == exact, ~inclusive, middles < exact)
+    return _count_reached(place, np.where(beyond, np.nextafter(middles, np.float32(np.inf)), middles))
 
 
-def _count_reached(x, thresholds):
+def _count_reached(place: Int[Array, "..."], thresholds: np.ndarray) -> UInt32[Array, "..."]:
+    thresholds = _order_of(thresholds)
     if len(thresholds) >= _COMPARISONS_UP_TO:
-        return jnp.searchsorted(jnp.asarray(thresholds), x, side="right").astype(jnp.uint32)
-    count = jnp.zeros(x.shape, jnp.uint32)
+        return jnp.searchsorted(jnp.asarray(thresholds), place, side="right").astype(jnp.uint32)
+    count = jnp.zeros(place.shape, jnp.uint32)
     for threshold in thresholds:
-        count = count + (x >= threshold).astype(jnp.uint32)
+        count = count + (place >= threshold).astype(jnp.uint32)
     return count
+
+
+def _order(x: Float[Array, "..."]) -> Int[Array, "..."]:
+    """Integers in the order of float32 values, equal for the two zeros."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, -(bits & np.int32(0x7FFFFFFF)), bits)
+
+
+def _order_of(values: np.ndarray) -> np.ndarray:
+    bits = np.asarray(values, np.float32).view(np.int32)
+    return np.where(bits < 0, -(bits & np.int32(0x7FFFFFFF)), bits)

@@ -135,6 +135,13 @@ class FloatFormat:
         return self.magnitude(self.max_code)
 
     @property
+    def min(self) -> float:
+        """The lowest finite value (`min_normal` and `min_subnormal` are the smallest magnitudes)."""
+        if self.signed:
+            return -self.max
+        return 0.0 if self.has_zero else self.min_normal
+
+    @property
     def min_normal(self) -> float:
         return math.ldexp(1.0, self.min_exponent)
 
@@ -245,6 +252,10 @@ class TableFormat:
         return (len(self.values) - 1).bit_length()
 
     @property
+    def min(self) -> float:
+        return self.values[0]
+
+    @property
     def max(self) -> float:
         """The largest magnitude."""
         return max(abs(self.values[0]), abs(self.values[-1]))
@@ -325,6 +336,8 @@ class BlockFormat:
                 raise ValueError(f"a block is tensor, row, (1, g) or (g, g), not {self.block}")
         elif self.block not in ("tensor", "row"):
             raise ValueError(f"a block is tensor, row, (1, g) or (g, g), not {self.block!r}")
+        if self.element.max <= 0:
+            raise ValueError(f"{self.element} has no positive value to scale by")
 
     @property
     def bits(self) -> int:
@@ -336,6 +349,10 @@ class BlockFormat:
         """Of an element and its share of the scale, for large tensors."""
         size = math.prod(self.block) if isinstance(self.block, tuple) else math.inf
         return self.bits + self.scale.format.bits / size
+
+    @property
+    def min(self) -> float:
+        return self.element.min
 
     @property
     def max(self) -> float:

@@ -1,4 +1,4 @@
-"""A Llama-type decoder (arXiv 2302.13971): RMSNorm, rotary positions, grouped-query attention, SwiGLU, untied embeddings.
+"""A Llama-type decoder (arXiv 2302.13971): RMSNorm, rotary positions, grouped queries, SwiGLU, untied embeddings.
 
 Plain Linen, without a word about quantization; `nn.linen.quantize` brings a recipe to it.
 """
@@ -7,7 +7,7 @@ from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from lowprec.typing import Array, Float, Int
 
 from lowprec.models.config import ModelConfig
 from lowprec.nn.attention import CausalSelfAttention

@@ -1,1 +1,9 @@
-"""Flax adapters and the layers that methods change. Import what you use: `from lowprec.nn import linen`."""
+"""Flax adapters, and the layers that methods change."""
+
+import importlib
+
+
+def __getattr__(name):
+    if name == "linen":
+        return importlib.import_module("lowprec.nn.linen")
+    raise AttributeError(f"module 'lowprec.nn' has no attribute {name!r}")

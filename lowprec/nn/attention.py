@@ -2,13 +2,13 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from lowprec.typing import Array, Float
 
 from lowprec.nn.rotary import rotary
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which groups of query heads share a key and value head (Ainslie et al., arXiv 2305.13245).
+    """Multi-head attention in which groups of query heads share a key and value head (GQA, arXiv 2305.13245).
 
     Args:
       heads: H, query heads.

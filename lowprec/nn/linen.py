@@ -186,7 +186,7 @@ class _Injection:
         if not self._rule_for(path).exact:
             kind = type(module).__name__
             raise UsageError(
-                f"recipe {self.recipe.name!r} names layer {path!r}, an nn.{kind}, whose product cannot be quantized yet; "
+                f"recipe {self.recipe.name!r} names layer {path!r}, an nn.{kind}, whose product is not quantized; "
                 f"put a rule {path!r}: KEEP before the others, or write it with nn.DenseGeneral"
             )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from lowprec.typing import Array, Float
 
 from lowprec.errors import UsageError, unknown
 from lowprec.formats import BlockFormat, FloatFormat, Format, IntFormat

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from jaxtyping import Array
+from lowprec.typing import Array
 
 
 @dataclass(frozen=True)

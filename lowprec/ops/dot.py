@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from lowprec.typing import Array, Bool, Float
 
 from lowprec.errors import UsageError
 from lowprec.ops.backends import Kept, keep, multiply
@@ -76,14 +76,16 @@ class Call:
 
 
 class Residuals(NamedTuple):
-    """What the forward pass keeps for the backward one: only what the sources of its operands ask for."""
+    """What the forward pass keeps for the backward one.
 
-    x: Float[Array, "..."] | None  # the originals
-    w: Float[Array, "..."] | None
-    forward_x: Kept | None  # as the forward product used them
-    forward_w: Kept | None
+    Of the activations, what the sources ask for. The weights are parameters and live anyway: their forward operand is
+    quantized again, from the same random stream, rather than kept.
+    """
+
+    x: Float[Array, "..."] | None  # the original
+    forward_x: Kept | None  # as the forward product used it
     mask_x: Bool[Array, "..."] | None  # where the gradient passes; None: everywhere
-    mask_w: Bool[Array, "..."] | None
+    w: Float[Array, "..."]
     key: jax.Array | None
     sums: tuple | None  # error sums of fwd.x and fwd.w
 
@@ -106,14 +108,12 @@ def _forward(x, w, key, taps, call):
             "and split_rngs={'quant': True} in a model's own nn.scan"
         )
     fx, fw = _forward_operands(x, w, key, rule)
-    from_original = [operand.source == "original" for operand in (rule.wgrad[1], rule.dgrad[1])]
+    from_original = rule.wgrad[1].source == "original"
     residuals = Residuals(
-        x=x if from_original[0] else None,
-        w=w if from_original[1] else None,
-        forward_x=None if from_original[0] else keep(fx, call.backend),
-        forward_w=None if from_original[1] else keep(fw, call.backend),
+        x=x if from_original else None,
+        forward_x=None if from_original else keep(fx, call.backend),
         mask_x=gradient_mask(rule.fwd[0], fx),
-        mask_w=gradient_mask(rule.fwd[1], fw),
+        w=w,
         key=key,
         sums=None if taps is None else (fx.error_sums(), fw.error_sums()),
     )
@@ -122,38 +122,41 @@ def _forward(x, w, key, taps, call):
 
 def _backward(call, kept, dy):
     rule, streams = call.rule, Streams(kept.key)
+    # Without the barrier XLA would find the forward operand again and keep it after all.
+    forward_w = quantize_operand(rule.fwd[1], lax.optimization_barrier(kept.w), "fwd.w", streams)
+    dgrad_w = _from_source(rule.dgrad[1], "dgrad.w", kept.w, forward_w, streams)
     dgrad_dy = quantize_operand(rule.dgrad[0], dy, "dgrad.dy", streams)
-    reuses_dy = rule.wgrad[0].source == "reuse"
-    wgrad_dy = (
-        replace(dgrad_dy, name="wgrad.dy") if reuses_dy else quantize_operand(rule.wgrad[0], dy, "wgrad.dy", streams)
-    )
-    dgrad_w = _from_source(rule.dgrad[1], "dgrad.w", kept.w, kept.forward_w, streams)
-    wgrad_x = _from_source(rule.wgrad[1], "wgrad.x", kept.x, kept.forward_x, streams)
     dx = multiply(dgrad_dy, dgrad_w, call.backend)
-    dw = multiply(wgrad_x, wgrad_dy, call.backend)
     dx = _through_quantizer(dx, rule.fwd[0], "fwd.x", rule.dgrad[1], kept.mask_x, streams, call.inputs)
-    dw = _through_quantizer(dw, rule.fwd[1], "fwd.w", rule.wgrad[1], kept.mask_w, streams, call.inputs)
-    taps = None
-    if kept.sums is not None:
-        fresh = [
-            operand if quantizer.source != "reuse" else None
-            for operand, quantizer in zip(
-                (dgrad_dy, dgrad_w, wgrad_dy, wgrad_x), (*rule.dgrad, *rule.wgrad), strict=True
-            )
-        ]
-        sums = (*kept.sums, *(operand and operand.error_sums() for operand in fresh))
-        taps = jnp.stack([jnp.zeros(len(SUMS)) if s is None else s for s in sums])
-    return dx.astype(call.x_dtype), dw.astype(call.w_dtype), None, taps
+    # One product after the other: side by side, the temporaries of both would be alive at once.
+    dx, dy, x, forward_x = lax.optimization_barrier((dx, dy, kept.x, kept.forward_x))
+    forward_x = None if forward_x is None else forward_x.restore("fwd.x")
+    wgrad_x = _from_source(rule.wgrad[1], "wgrad.x", x, forward_x, streams)
+    if rule.wgrad[0].source == "reuse":
+        wgrad_dy = replace(dgrad_dy, name="wgrad.dy")
+    else:
+        wgrad_dy = quantize_operand(rule.wgrad[0], dy, "wgrad.dy", streams)
+    dw = multiply(wgrad_x, wgrad_dy, call.backend)
+    mask_w = gradient_mask(rule.fwd[1], forward_w)
+    dw = _through_quantizer(dw, rule.fwd[1], "fwd.w", rule.wgrad[1], mask_w, streams, call.inputs)
+    dx, dw = lax.optimization_barrier((dx.astype(call.x_dtype), dw.astype(call.w_dtype)))
+    operands = zip((dgrad_dy, dgrad_w, wgrad_dy, wgrad_x), (*rule.dgrad, *rule.wgrad), strict=True)
+    fresh = [operand.error_sums() if q.source != "reuse" else None for operand, q in operands]
+    return dx, dw, None, None if kept.sums is None else _stack_sums([*kept.sums, *fresh])
 
 
 _product.defvjp(_forward, _backward)
 
 
+def _stack_sums(rows):
+    return jnp.stack([jnp.zeros(len(SUMS)) if row is None else row for row in rows])
+
+
 def _from_source(q, name, original, forward, streams):
     """The operand of a backward product that the forward one has seen before."""
     if q.source == "reuse":
-        return forward.restore(name)
-    return quantize_operand(q, original if q.source == "original" else forward.restore(name).values, name, streams)
+        return replace(forward, name=name)
+    return quantize_operand(q, original if q.source == "original" else forward.values, name, streams)
 
 
 def _through_quantizer(g, q, name, other, mask, streams, inputs):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from lowprec.typing import Array, Bool, Float
 
 from lowprec.quantizers import OPERANDS, Clip, Quantizer, Rounded, error_sums, hadamard, inside, inverse_hadamard
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from lowprec.typing import Array, Float
 
 from lowprec.formats.blocks import BlockLayout, block_layout
 from lowprec.formats.elements import as_float32, noise, round_elements
@@ -38,8 +38,8 @@ def round_blocks(
     fmt: Format,
     axis: int,
     *,
-    rule: ScaleRule = AbsMax(),  # noqa: B008 (frozen)
-    rounding: Rounding = Rounding(),  # noqa: B008 (frozen)
+    rule: ScaleRule = AbsMax(),
+    rounding: Rounding = Rounding(),
     key: jax.Array | None = None,
     pad: bool = False,
 ) -> Rounded:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from lowprec.typing import Array, Float
 
 from lowprec.errors import UsageError
 from lowprec.formats.elements import noise
@@ -44,9 +44,7 @@ class Eden:
         chunks = self.chunk // layout.split_shape[member]
         correction = _chunk_ratio(z, rounded.elements, member, chunks)
         wanted = scale.block * correction
-        random = noise(
-            Rounding("stochastic"), None if key is None else jax.random.fold_in(key, 1), wanted.shape
-        )
+        random = noise(Rounding("stochastic"), None if key is None else jax.random.fold_in(key, 1), wanted.shape)
         block = round_float(wanted, rounded.fmt.scale.format, Rounding("stochastic"), random)
         scale = scale._replace(block=block)
         return replace(rounded, scale=scale, scaled=scale.multiply(rounded.elements))
@@ -64,12 +62,8 @@ def _chunk_ratio(z, q, member, blocks_per_chunk):
 
     def total(v):
         v = jnp.pad(v, [(0, short if i == axis else 0) for i in range(v.ndim)])
-        chunks = v.reshape(
-            *v.shape[:axis], v.shape[axis] // blocks_per_chunk, blocks_per_chunk, *v.shape[axis + 1 :]
-        )
-        spread = jnp.broadcast_to(jnp.sum(chunks, axis=axis + 1, keepdims=True), chunks.shape).reshape(
-            v.shape
-        )
+        chunks = v.reshape(*v.shape[:axis], v.shape[axis] // blocks_per_chunk, blocks_per_chunk, *v.shape[axis + 1 :])
+        spread = jnp.broadcast_to(jnp.sum(chunks, axis=axis + 1, keepdims=True), chunks.shape).reshape(v.shape)
         return jax.lax.slice_in_dim(spread, 0, count, axis=axis)
 
     numerator, denominator = total(squares), total(products)

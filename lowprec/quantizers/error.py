@@ -1,12 +1,12 @@
-"""How far a quantized tensor is from its source: sums that add up over layers, calls and devices, and what they mean."""
+"""How far a quantized tensor is from its source: sums that add up over layers, calls and devices, and their meaning."""
 
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from lowprec.typing import Array, Float
 
-from lowprec.formats.types import BlockFormat, IntFormat
+from lowprec.formats.types import BlockFormat
 from lowprec.quantizers.blockwise import Rounded
 
 # What is accumulated for an operand; every entry is a sum, so that cotangents may add them.
@@ -32,8 +32,7 @@ def error_sums(x: Float[Array, "..."], rounded: Rounded) -> Float[Array, " sums"
     unscaled = rounded.layout.split(source)
     if rounded.scale is not None:
         unscaled = rounded.scale.divide(unscaled)
-    low = element.min if isinstance(element, IntFormat) else -element.max
-    clipped = (unscaled > element.max * (1 + 2**-20)) | (unscaled < low * (1 + 2**-20))
+    clipped = (unscaled > element.max * (1 + 2**-20)) | (unscaled < element.min * (1 + 2**-20))
     return jnp.stack(
         [
             jnp.float32(1),
@@ -93,7 +92,6 @@ def tap_slot() -> Float[Array, "operands sums"]:
 def read_taps(cotangent: np.ndarray) -> dict[str, OperandStatistics]:
     """The statistics of each quantized operand, from the cotangent of one tap slot."""
     statistics = {
-        name: OperandStatistics.from_sums(row)
-        for name, row in zip(OPERANDS, np.asarray(cotangent), strict=True)
+        name: OperandStatistics.from_sums(row) for name, row in zip(OPERANDS, np.asarray(cotangent), strict=True)
     }
     return {name: value for name, value in statistics.items() if value is not None}

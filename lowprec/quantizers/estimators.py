@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from lowprec.typing import Array, Bool, Float
 
-from lowprec.formats.types import BlockFormat, IntFormat
+from lowprec.formats.types import BlockFormat
 from lowprec.quantizers.blockwise import Rounded
 
 
@@ -37,8 +37,7 @@ Estimator = StraightThrough | Clip
 def inside(x: Float[Array, "..."], rounded: Rounded, margin: float = 0.0) -> Bool[Array, "..."]:
     """Where x, unscaled, lies within the range of the elements extended by the margin."""
     element = rounded.fmt.element if isinstance(rounded.fmt, BlockFormat) else rounded.fmt
-    high = element.max + margin
-    low = (element.min if isinstance(element, IntFormat) else -element.max) - margin
+    low, high = element.min - margin, element.max + margin
     unscaled = rounded.layout.split(x.astype(jnp.float32))
     if rounded.scale is not None:
         unscaled = rounded.scale.divide(unscaled)

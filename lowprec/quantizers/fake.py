@@ -5,7 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from lowprec.typing import Array, Float
 
 from lowprec.errors import unknown
 from lowprec.formats.grammar import parse

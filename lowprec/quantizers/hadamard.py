@@ -5,13 +5,14 @@ quantizer sees: drawing them anew would change nothing.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from lowprec.typing import Array, Float
 
 from lowprec.errors import UsageError
 from lowprec.formats.random import random_bits
@@ -59,7 +60,7 @@ def hadamard(
     """Rotates an axis by blocks of the normalized Walsh–Hadamard matrix: x · D · H.
 
     Args:
-      x: any shape.
+      x: any shape, float32 or bfloat16; the result has its dtype (sums are always float32).
       size: block length, a power of two that divides the axis.
       signs: ±1, as long as the axis; None for none.
       axis: the axis that is rotated.
@@ -67,7 +68,7 @@ def hadamard(
       UsageError: (a ValueError) if size does not divide the axis.
     """
     if signs is not None:
-        x = x * _along(signs, axis, x.ndim)
+        x = x * _along(signs, axis, x)
     return _rotate(x, size, axis)
 
 
@@ -76,7 +77,7 @@ def inverse_hadamard(
 ) -> Float[Array, "..."]:
     """Undoes `hadamard`: x · H · D (H is symmetric and its own inverse)."""
     x = _rotate(x, size, axis)
-    return x if signs is None else x * _along(signs, axis, x.ndim)
+    return x if signs is None else x * _along(signs, axis, x)
 
 
 def hadamard_matrix(size: int) -> np.ndarray:
@@ -91,19 +92,33 @@ def _rotate(x, size, axis):
     axis %= x.ndim
     if x.shape[axis] % size:
         raise UsageError(f"Hadamard blocks of {size} do not divide axis {axis} of shape {x.shape}")
-    blocks = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+    rotated = _by_matrices(x, size) if axis == x.ndim - 1 else _by_butterflies(x, size, axis)
     # ±1 entries are exact in any dtype and the norm is applied in float32; with 1/√n entries bf16 would lose 1e-4.
-    matrix = jnp.asarray(hadamard_matrix(size), x.dtype)
-    rotated = lax.dot_general(
-        blocks,
-        matrix,
-        (((axis + 1,), (0,)), ((), ())),
-        precision="highest",
-        preferred_element_type=jnp.float32,
-    )
-    rotated = jnp.moveaxis(rotated, -1, axis + 1) * np.float32(size**-0.5)
-    return rotated.reshape(x.shape).astype(x.dtype)
+    return (rotated * np.float32(size**-0.5)).astype(x.dtype)
 
 
-def _along(vector, axis, ndim):
-    return vector.reshape([-1 if i == axis % ndim else 1 for i in range(ndim)])
+def _by_matrices(x, size):
+    """The last axis, as H_a ⊗ H_b: two small products instead of one with size² entries."""
+    inner = min(size, 16)
+    blocks = x.reshape(*x.shape[:-1], -1, size // inner, inner)
+    product = partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+    if size > inner:
+        blocks = product("...ab,ac->...cb", blocks, hadamard_matrix(size // inner).astype(x.dtype))
+    return product("...b,bc->...c", blocks, hadamard_matrix(inner).astype(blocks.dtype)).reshape(x.shape)
+
+
+def _by_butterflies(x, size, axis):
+    """Any other axis: log2(size) rounds of sums and differences, in which the last axis stays contiguous."""
+    y = x.astype(jnp.float32)
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    half = 1
+    while half < size:
+        pairs = y.reshape(*before, -1, 2, half, *after)
+        first, second = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
+        y = jnp.stack([first + second, first - second], axis=axis + 1)
+        half *= 2
+    return y.reshape(x.shape)
+
+
+def _along(signs, axis, x):
+    return signs.astype(x.dtype).reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])

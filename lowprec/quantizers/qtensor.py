@@ -5,16 +5,15 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from lowprec.typing import Array, Float
 
-from lowprec.formats.bits import times_power_of_two
 from lowprec.formats.blocks import BlockLayout, block_layout
 from lowprec.formats.elements import code_dtype, decode, encode_rounded
 from lowprec.formats.grammar import parse
 from lowprec.formats.packing import pack, unpack
 from lowprec.formats.rounding import Rounding, parse_rounding
 from lowprec.formats.scaling import Scale
-from lowprec.formats.types import BlockFormat, ElementFormat, Format
+from lowprec.formats.types import BFLOAT16, FLOAT32, BlockFormat, ElementFormat, Format
 from lowprec.quantizers.blockwise import Rounded, round_blocks
 
 
@@ -66,21 +65,17 @@ class QTensor:
         elements = decode(codes, element)
         if not isinstance(self.fmt, BlockFormat):
             return elements.astype(dtype)
-        layout, blocks = self.layout, self.layout.split(elements)
-        stored = layout.broadcast_scale(self.scales)
-        spec = self.fmt.scale
+        layout, spec = self.layout, self.fmt.scale
+        blocks, stored = layout.split(elements), layout.broadcast_scale(self.scales)
         if spec.power_of_two:
-            exponent = stored.astype(jnp.int32) - 127
-            values = jnp.where(stored == _NAN_SCALE, jnp.nan, times_power_of_two(blocks, exponent))
+            scale = Scale(decode(stored, spec.format), stored.astype(jnp.int32) - spec.format.bias)
         else:
-            block = (
-                stored.astype(jnp.float32) if spec.format.exponent_bits == 8 else decode(stored, spec.format)
-            )
-            values = Scale(block, None, self.tensor_scale).multiply(blocks)
-        return layout.merge(values).astype(dtype)
+            block = stored.astype(jnp.float32) if spec.format in _NATIVE_SCALES else decode(stored, spec.format)
+            scale = Scale(block, None, self.tensor_scale)
+        return layout.merge(scale.multiply(blocks)).astype(dtype)
 
 
-_NAN_SCALE = 255  # the e8m0 code of a block that holds an infinity or NaN
+_NATIVE_SCALES = {FLOAT32: jnp.float32, BFLOAT16: jnp.bfloat16}  # those of other formats are stored as codes
 
 
 def quantize(
@@ -107,10 +102,10 @@ def quantize(
     rounded = round_blocks(x, fmt, axis, rounding=parse_rounding(rounding), key=key, pad=pad)
     element = _element(fmt)
     codes = encode_rounded(rounded.layout.merge(rounded.elements), element).astype(code_dtype(element.bits))
-    if _is_packed(element, x.shape):
+    if _is_packed(element, codes.shape):
         codes = pack(codes, element.bits)
     scales, tensor = _stored_scales(rounded)
-    return QTensor(codes, scales, tensor, fmt, tuple(x.shape), axis)
+    return QTensor(codes, scales, tensor, fmt, rounded.layout.shape, axis)
 
 
 def dequantize(q: QTensor, dtype=jnp.float32) -> Float[Array, "..."]:
@@ -123,14 +118,9 @@ def _stored_scales(rounded: Rounded):
         return None, None
     spec, scale = rounded.fmt.scale, rounded.scale
     block = scale.block.reshape(rounded.layout.scale_shape)
-    if spec.power_of_two:
-        exponent = scale.exponent.reshape(block.shape)
-        stored = jnp.where(jnp.isnan(block), _NAN_SCALE, exponent + 127).astype(jnp.uint8)
-    elif spec.format.exponent_bits == 8:
-        stored = block.astype(jnp.float32 if spec.format.mantissa_bits == 23 else jnp.bfloat16)
-    else:
-        stored = encode_rounded(block, spec.format).astype(code_dtype(spec.format.bits))
-    return stored, scale.tensor
+    if spec.format in _NATIVE_SCALES:
+        return block.astype(_NATIVE_SCALES[spec.format]), scale.tensor
+    return encode_rounded(block, spec.format).astype(code_dtype(spec.format.bits)), scale.tensor
 
 
 def _element(fmt: Format) -> ElementFormat:

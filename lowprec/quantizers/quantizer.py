@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
-from jaxtyping import Array, Float
+from lowprec.typing import Array, Float
 
 from lowprec.errors import UsageError
 from lowprec.formats.grammar import parse
@@ -50,18 +50,12 @@ class Quantizer:
             object.__setattr__(self, "format", parse(self.format))
         object.__setattr__(self, "rounding", parse_rounding(self.rounding))
         if self.source not in ("original", "requantize", "reuse"):
-            raise UsageError(
-                f"the source of an operand is original, requantize or reuse, not {self.source!r}"
-            )
+            raise UsageError(f"the source of an operand is original, requantize or reuse, not {self.source!r}")
         says_more = self.rotation or self.correction or self.rounding.kind != "nearest_even"
         if self.source == "reuse" and (self.format is not None or says_more):
-            raise UsageError(
-                "a reused operand is taken as it is: it has no format, rotation, rounding or correction"
-            )
+            raise UsageError("a reused operand is taken as it is: it has no format, rotation, rounding or correction")
         if self.format is None and says_more:
-            raise UsageError(
-                "an operand without a format is left as it is: it has no rotation, rounding or correction"
-            )
+            raise UsageError("an operand without a format is left as it is: it has no rotation, rounding or correction")
         if self.correction is not None:
             self.correction.check(self.format)
 
@@ -84,9 +78,7 @@ class Quantizer:
           axis: the contraction axis of the product.
           key: for stochastic rounding and corrections.
         """
-        rounded = round_blocks(
-            x, self.format, axis, rule=self.scale, rounding=self.rounding, key=key, pad=self.pad
-        )
+        rounded = round_blocks(x, self.format, axis, rule=self.scale, rounding=self.rounding, key=key, pad=self.pad)
         return rounded if self.correction is None else self.correction(x, rounded, axis, key)
 
     def __str__(self):

@@ -8,8 +8,9 @@ from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from lowprec.typing import Array, Float
 
+from lowprec.errors import UsageError
 from lowprec.formats.blocks import BlockLayout
 from lowprec.formats.elements import round_elements
 from lowprec.formats.rounding import Rounding
@@ -37,7 +38,7 @@ class AbsMax:
     floor: float = 0.0
 
     def __call__(self, blocks, layout, fmt):
-        amax = block_amax(blocks, layout)
+        amax = block_amax(blocks, layout, exact=fmt.scale.power_of_two)
         if self.floor:
             amax = jnp.maximum(amax, np.float32(self.floor))
         return scale_from_amax(amax, fmt.element, fmt.scale, self.headroom, self.limit)
@@ -49,17 +50,21 @@ class AbsMax:
 
 @dataclass(frozen=True)
 class FourOverSix:
-    """E2M1 blocks take the better of two scales: amax on 6 or amax on 4, by squared error (Quartet II, arXiv 2601.22813).
+    """E2M1 blocks take the better of two scales: amax on 6 or amax on 4, by squared error.
 
-    The second candidate is 1.5 times the first, before either is rounded; `limit` 256 leaves it room in e4m3.
+    The second candidate is 1.5 times the first, before either is rounded; `limit` 256 leaves it room in the e4m3 block
+    scales of NVFP4. (Quartet II, arXiv 2601.22813.)
     """
 
     limit: float = 256.0
 
     def __call__(self, blocks, layout, fmt):
-        amax = block_amax(blocks, layout)
+        if fmt.scale.power_of_two:
+            raise UsageError(f"powers of two cannot choose between amax on 6 and amax on 4: {fmt}")
+        amax = block_amax(blocks, layout, exact=False)
         six = scale_from_amax(amax, fmt.element, fmt.scale, limit=self.limit)
-        wanted = amax / np.float32(fmt.element.max) / six.tensor * np.float32(1.5)
+        wanted = amax / np.float32(fmt.element.max) * np.float32(1.5)
+        wanted = wanted if six.tensor is None else wanted / six.tensor
         four = store_scale(wanted, fmt.scale)._replace(tensor=six.tensor)
         errors = [self._squared_error(blocks, scale, layout, fmt) for scale in (six, four)]
         return six._replace(block=jnp.where(errors[0] <= errors[1], six.block, four.block))

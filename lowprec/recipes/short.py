@@ -1,6 +1,7 @@
 """The short form of a recipe, for configs and sweeps: "fwd=int4@row dgrad=int8@row(stochastic) wgrad=bf16".
 
-    recipe  := product "=" operand ["," operand] {" " product "=" …}      product: fwd (x, w), dgrad (dy, w), wgrad (dy, x)
+    recipe  := product "=" operand ["," operand] {" " product "=" …}
+    product := fwd (of x, w) | dgrad (of dy, w) | wgrad (of dy, x)
     operand := format ["(" option {" " option} ")"]
     option  := a rounding mode | hadamard<size>[.fixed|.random] | clip | requantize
 

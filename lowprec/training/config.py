@@ -8,6 +8,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -80,7 +81,7 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def __post_init__(self):
-        _check(self.lr >= 0, "optimizer.lr", "at least 0", self.lr)
+        _check(0 <= self.lr < math.inf, "optimizer.lr", "at least 0 and finite", self.lr)
         for name in ("b1", "b2"):
             _check(0 <= getattr(self, name) < 1, f"optimizer.{name}", "from 0 to below 1", getattr(self, name))
         _check(self.eps > 0, "optimizer.eps", "above 0", self.eps)

@@ -1,0 +1,185 @@
+"""Step time and memory of recipes, as ratios to the same step in float32.
+
+    python -m benchmarks.step_time [--only nvfp4] [--batch 1024 --width 512 --layers 4 --seconds 3] [--json FILE]
+
+The model is `layers` × Dense(width) with ReLU between, mean squared error, plain SGD, one jitted step (gradient and
+update). Each variant runs in turn with float32, step by step, so that other load on the machine hits both; the figure
+to quote is the ratio of process CPU time per step ("cpu"). Peers are measured beside ours when they are installed.
+"""
+
+import argparse
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata, util
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lowprec import recipes
+from lowprec.nn import linen
+
+SHORT_FORMS = {
+    "int8 forward": "fwd=int8_symmetric@row",
+    "fp8 e4m3fn forward": "fwd=e4m3fn@row",
+    "fp8 e4m3fn/e5m2": "fwd=e4m3fn@row dgrad=e5m2@row,reuse wgrad=e5m2@row,reuse",
+    "fp8 e4m3fn/e5m2 stochastic": "fwd=e4m3fn@row dgrad=e5m2@row(stochastic),reuse wgrad=e5m2@row(stochastic),reuse",
+    "int8 three products": "fwd=int8_symmetric@row dgrad=int8_symmetric@row wgrad=int8_symmetric@row",
+    "int8 three products stochastic": (
+        "fwd=int8_symmetric@row dgrad=int8_symmetric@row(stochastic),int8_symmetric@row "
+        "wgrad=int8_symmetric@row(stochastic),int8_symmetric@row"
+    ),
+}
+NAMED = ("bf16", "int8", "int8_full", "fp8", "fp8_block", "mxfp8", "nvfp4", "quartet2", "quest_4", "bitnet158")
+
+
+class MLP(nn.Module):
+    width: int
+    layers: int
+    dot_general_cls: Callable | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.layers):
+            x = nn.Dense(self.width, use_bias=False, dot_general_cls=self.dot_general_cls)(x)
+            x = nn.relu(x) if i < self.layers - 1 else x
+        return x
+
+
+def variants(width: int, layers: int) -> Iterator[tuple[str, Callable]]:
+    """Names and makers of models; a model has init and apply."""
+    plain = MLP(width, layers)
+    for name in (*SHORT_FORMS, *NAMED):
+        yield f"lowprec {name}", functools.partial(linen.quantize, plain, recipes.parse(SHORT_FORMS.get(name, name)))
+    if util.find_spec("qwix"):
+        yield from _qwix(plain)
+    if util.find_spec("aqt"):
+        yield from _aqt(width, layers)
+
+
+def _qwix(plain):
+    import qwix
+
+    def model(**rule):
+        return qwix.quantize_model(plain, qwix.QtProvider([qwix.QtRule(module_path=".*", **rule)]))
+
+    both = lambda qtype: {"weight_qtype": qtype, "act_qtype": qtype}
+    yield "qwix int8 forward", functools.partial(model, **both("int8"))
+    yield "qwix fp8 e4m3 forward", functools.partial(model, **both("float8_e4m3fn"))
+    yield "qwix fp8 e4m3/e5m2", functools.partial(model, **both("float8_e4m3fn"), bwd_qtype="float8_e5m2")
+    yield "qwix nvfp4 forward, one level", functools.partial(model, **both("nvfp4"), tile_size=16)
+    noise = {"bwd_stochastic_rounding": "uniform", "channelwise_noise_axes": (0, 1)}
+    yield "qwix int8, full noise", functools.partial(model, **both("int8"), bwd_qtype="int8", **noise)
+
+
+def _aqt(width, layers):
+    from aqt.jax.v2 import config
+    from aqt.jax.v2.flax.aqt_flax import AqtDotGeneral
+
+    def model(make):
+        return MLP(width, layers, functools.partial(AqtDotGeneral, make()))
+
+    def hybrid():
+        made = config.set_bits(config.config_v4(), "e4m3", "e4m3", "e5m2", "e4m3", "e5m2", "e4m3")
+        config.set_stochastic_rounding(made, True, False, "jax.uniform")  # after set_bits, which undoes it
+        return made
+
+    forward = lambda: config.config_v4(fwd_bits=8, dlhs_bits=None, drhs_bits=None)
+    full = lambda: config.fully_quantized(fwd_bits=8, bwd_bits=8, use_fwd_quant=True)
+    yield "aqt int8 forward", functools.partial(model, forward)
+    yield "aqt int8 fully quantized, stochastic", functools.partial(model, full)
+    yield "aqt fp8 e4m3/e5m2 stochastic", functools.partial(model, hybrid)
+
+
+class Step:
+    """A compiled training step and its state."""
+
+    def __init__(self, model, x, y):
+        streams = lambda key: {"quant": key, "params": key, "stochastic_rounding": key}
+        params = model.init(streams(jax.random.key(0)), x)["params"]
+        optimizer = optax.sgd(1e-2)
+
+        def step(state, key, x, y):
+            params, opt_state = state
+            loss = lambda p: jnp.mean((model.apply({"params": p}, x, rngs=streams(key)) - y) ** 2)
+            value, gradient = jax.value_and_grad(loss)(params)
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), value
+
+        self.key, self.inputs = jax.random.key(7), (x, y)
+        self.state = (params, optimizer.init(params))
+        start = time.perf_counter()
+        lowered = jax.jit(step, donate_argnums=0).lower(self.state, self.key, x, y)
+        self.compiled = lowered.compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.temporary_bytes = self.compiled.memory_analysis().temp_size_in_bytes
+
+    def run(self) -> tuple[float, float]:
+        """One step: (process CPU seconds, wall seconds)."""
+        cpu, wall = time.process_time(), time.perf_counter()
+        self.state, loss = self.compiled(self.state, self.key, *self.inputs)
+        jax.block_until_ready((self.state, loss))
+        return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def measure(step: Step, base: Step, seconds: float) -> dict:
+    for warm_up in (step, base):
+        warm_up.run()
+    ours, theirs = [], []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(ours) < 10:
+        theirs.append(base.run())
+        ours.append(step.run())
+    (cpu, wall), (base_cpu, base_wall) = np.median(ours, axis=0), np.median(theirs, axis=0)
+    return {
+        "cpu": cpu / base_cpu,
+        "wall": wall / base_wall,
+        "memory": step.temporary_bytes / base.temporary_bytes,
+        "compile_s": step.compile_seconds,
+        "steps": len(ours),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="part of the names of the variants to run")
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=3.0, help="measuring time of each variant")
+    parser.add_argument("--json", help="write the table to this file too")
+    options = parser.parse_args()
+    x, y = (jax.random.normal(jax.random.key(i), (options.batch, options.width)) for i in (1, 2))
+    base = Step(MLP(options.width, options.layers), x, y)
+    versions = {
+        name: metadata.version(name) for name in ("jax", "flax", "qwix", "aqtp") if util.find_spec(name[:4].rstrip("p"))
+    }
+    print(f"{jax.default_backend()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {versions}")
+    print(
+        f"{options.layers} x Dense({options.width}), batch {options.batch}: ratios to float32, medians of paired steps"
+    )
+    print(f"{'':44s} {'cpu':>6s} {'wall':>6s} {'memory':>7s} {'compile':>8s} {'steps':>6s}")
+    rows = {}
+    for name, make in variants(options.width, options.layers):
+        if options.only not in name:
+            continue
+        try:
+            row = measure(Step(make(), x, y), base, options.seconds)
+        except Exception as error:  # a peer that fails is a row of the table, not the end of it
+            print(f"{name:44s} failed: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
+            continue
+        rows[name] = row
+        ratios = f"{row['cpu']:6.2f} {row['wall']:6.2f} {row['memory']:7.2f}"
+        print(f"{name:44s} {ratios} {row['compile_s']:7.1f}s {row['steps']:6d}", flush=True)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Checkpoints through Orbax: state, position in the data and progress, complete or not there at all.
+
+checkpoints/<step>/ appears under its name only when it is whole (Orbax writes beside it and renames). What a disk or
+a hand spoilt later is found by the state's sha256, and the checkpoint before it is taken instead.
+"""
+
+import contextlib
+import hashlib
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lowprec.errors import UsageError
+from lowprec.training.state import TrainState
+
+_TEMPORARY = "*.orbax-checkpoint-tmp*"
+
+
+class Checkpoint(NamedTuple):
+    """What a run continues from.
+
+    Attributes:
+      state: placed as the abstract state asked.
+      data: position of the batches, for `TrainBatches.set_state`.
+      progress: the rest, as JSON.
+    """
+
+    step: int
+    state: TrainState
+    data: dict[str, Any]
+    progress: dict[str, Any]
+
+
+class Damaged(NamedTuple):
+    """A checkpoint that cannot be read, and why."""
+
+    path: Path
+    reason: str
+
+
+def state_sha256(state: TrainState) -> str:
+    """Of the bytes of all leaves; equal states, wherever they lie, have equal sums."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      directory: made when the first one is saved.
+      keep: how many of the newest are kept.
+    """
+
+    def __init__(self, directory: Path, keep: int = 1):
+        self.directory, self._keep = directory, keep
+
+    def steps(self) -> list[int]:
+        """Of those that carry a final name, ascending."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if re.fullmatch(r"\d+", path.name))
+
+    def save(self, step: int, state: TrainState, data: dict[str, Any], progress: dict[str, Any]) -> str:
+        """Returns the state's sha256 when the checkpoint is complete and the surplus ones are gone."""
+        import orbax.checkpoint as ocp
+
+        progress = {**progress, "state_sha256": state_sha256(state)}
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), progress=ocp.args.JsonSave(progress)
+        )
+        with self._manager() as manager:
+            manager.save(step, args=arguments, force=True)
+        for left_over in self.directory.glob(_TEMPORARY):
+            shutil.rmtree(left_over, ignore_errors=True)
+        return progress["state_sha256"]
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[Checkpoint, list[Damaged]] | None:
+        """The newest checkpoint that can be read, and those newer ones that cannot; None when there is none at all.
+
+        Changes nothing on the disk.
+        Args:
+          abstract: shapes, dtypes and shardings.
+          step: the one wanted, instead of the newest.
+        Raises:
+          UsageError: (a ValueError) there are some, and none can be read; or there is none of that step.
+        """
+        steps = self.steps()
+        if step is not None and step not in steps:
+            found = ", ".join(map(str, steps)) or "none"
+            raise UsageError(f"{self.directory} has no checkpoint of step {step}; there are: {found}")
+        damaged: list[Damaged] = []
+        for candidate in reversed(steps if step is None else [step]):
+            try:
+                return self._read(candidate, abstract), damaged
+            except Exception as error:  # Orbax and its readers fail in many ways; each means: not this one
+                damaged.append(Damaged(self.directory / str(candidate), _first_line(error)))
+        if not damaged:
+            return None
+        reasons = "".join(f"\n  {path.name}: {reason}" for path, reason in damaged)
+        raise UsageError(
+            f"no checkpoint in {self.directory} can be read; nothing was changed{reasons}\n"
+            "put back a good copy, or train into another --workdir"
+        )
+
+    def set_aside(self, damaged: list[Damaged]) -> None:
+        """Renames checkpoints that cannot be read, so that their steps can be saved again."""
+        for path, _ in damaged:
+            names = (path.with_name(f"{path.name}.damaged{i or ''}") for i in range(1000))
+            path.rename(next(name for name in names if not name.exists()))
+
+    def _read(self, step: int, abstract: TrainState) -> Checkpoint:
+        import orbax.checkpoint as ocp
+
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore(), progress=ocp.args.JsonRestore()
+        )
+        with self._manager(read_only=True) as manager:
+            found = manager.restore(step, args=arguments)
+        if not isinstance(found.progress, dict) or not isinstance(found.data, dict):
+            raise ValueError("it has no progress or no position in the data")
+        if found.progress.get("state_sha256") != state_sha256(found.state):
+            raise ValueError("the state is not the one that was saved (sha256)")
+        return Checkpoint(step, found.state, found.data, found.progress)
+
+    @contextlib.contextmanager
+    def _manager(self, read_only: bool = False) -> Iterator[Any]:
+        import orbax.checkpoint as ocp
+
+        # Not asynchronous: on a CPU Orbax would read the very buffers that the next step, which is given them as
+        # donated, overwrites.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else self._keep,
+            enable_async_checkpointing=False,
+            create=not read_only,
+            read_only=read_only,
+        )
+        # Orbax warns of what we ask it for.
+        logger = logging.getLogger("absl")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            with contextlib.closing(ocp.CheckpointManager(self.directory.absolute(), options=options)) as manager:
+                yield manager
+        finally:
+            logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    text = str(message).strip().partition("\n")[0] or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "…"

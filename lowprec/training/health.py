@@ -1,0 +1,105 @@
+"""How well each operand of each layer survives its quantization, forward and backward, measured during training.
+
+The numbers leave the model as the gradient with respect to its taps (`nn.linen.tap_statistics`): one more forward and
+backward pass at each evaluation, and none of it in the training step.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from lowprec.typing import Array, Int
+
+from lowprec.nn.linen import tap_statistics
+from lowprec.quantizers import OPERANDS, OperandStatistics
+from lowprec.training.step import mean_loss
+
+NUMBERS = ("sqnr_db", "cosine", "clipped", "underflowed", "amax")
+# Enough to read, little enough that a line of metrics.jsonl stays short.
+DIGITS = 5
+
+
+def make_tap_gradient(quantized) -> Callable:
+    """(params, taps, tokens (B, T + 1), key) -> cotangents of the taps."""
+
+    def tap_gradient(params, taps, tokens: Int[Array, "B T"], key: jax.Array):
+        return jax.grad(lambda taps: mean_loss(quantized, params, tokens, key, taps=taps))(taps)
+
+    return tap_gradient
+
+
+@dataclass(frozen=True)
+class Health:
+    """The statistics of one measurement: layer path -> operand (`quantizers.OPERANDS`) -> numbers."""
+
+    layers: Mapping[str, Mapping[str, OperandStatistics]]
+
+    @classmethod
+    def from_cotangents(cls, cotangents) -> "Health":
+        return cls({path: of_layer for path, of_layer in tap_statistics(cotangents).items() if of_layer})
+
+    def by_operand(self) -> dict[str, dict[str, float | None]]:
+        """Each operand's mean over the layers (amax: the maximum)."""
+        found = {name: [of[name] for of in self.layers.values() if name in of] for name in OPERANDS}
+        return {name: _summary(statistics) for name, statistics in found.items() if statistics}
+
+    def overall(self) -> dict[str, float | None]:
+        """Means over layers and operands (amax: the maximum)."""
+        return _summary([each for of_layer in self.layers.values() for each in of_layer.values()])
+
+    def worst(self) -> tuple[str, str, float] | None:
+        """(layer, operand, sqnr_db) of the least signal to noise."""
+        found = [
+            (each.sqnr_db, path, name)
+            for path, of_layer in self.layers.items()
+            for name, each in of_layer.items()
+            if not math.isnan(each.sqnr_db)
+        ]
+        if not found:
+            return None
+        sqnr, path, name = min(found)
+        return path, name, sqnr
+
+    def metrics(self) -> dict[str, Any]:
+        """As they stand in a line of metrics.jsonl; what is infinite or undefined is null."""
+        if not self.layers:
+            return {}
+        overall = self.overall()
+        return {
+            **{name: overall[name] for name in ("sqnr_db", "clipped", "underflowed")},
+            "quantization": {
+                path: {name: _numbers(each) for name, each in of_layer.items()}
+                for path, of_layer in self.layers.items()
+            },
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """As it stands in summary.json."""
+        if not self.layers:
+            return {}
+        worst = self.worst()
+        return {
+            **self.overall(),
+            "by_operand": self.by_operand(),
+            "worst": None if worst is None else {"layer": worst[0], "operand": worst[1], "sqnr_db": _short(worst[2])},
+        }
+
+
+def _numbers(statistics: OperandStatistics) -> dict[str, float | None]:
+    return {name: _short(getattr(statistics, name)) for name in NUMBERS}
+
+
+def _summary(statistics: Iterable[OperandStatistics]) -> dict[str, float | None]:
+    columns = {name: [getattr(each, name) for each in statistics] for name in NUMBERS}
+    return {name: _short((max if name == "amax" else _mean)(column)) for name, column in columns.items() if column}
+
+
+def _mean(values: Iterable[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
