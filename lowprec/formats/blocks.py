@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from lowprec.typing import Array
 
 from lowprec.errors import UsageError
 from lowprec.formats.types import Block
+from lowprec.typing import Array
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,9 @@ ELEMENTS: dict[str, ElementFormat] = {
     "bf16": BFLOAT16,
     "e5m2_ieee": FloatFormat(5, 2),
     "e8m0": E8M0,
+    # The types of ml_dtypes and jax whose names do not say the family.
+    "float8_e4m3": FloatFormat(4, 3),
+    "float8_e3m4": FloatFormat(3, 4),
 }
 
 _E8M0_FLOOR = ScaleSpec(E8M0, "floor")

@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lowprec.typing import Array, Float, Int, UInt, UInt32
 
 from lowprec.formats import floats, integers, tables
 from lowprec.formats.grammar import parse
 from lowprec.formats.random import random_bits
 from lowprec.formats.rounding import Rounding, parse_rounding
 from lowprec.formats.types import BlockFormat, ElementFormat, FloatFormat, Format, IntFormat
+from lowprec.typing import Array, Float, Int, UInt, UInt32
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from lowprec.typing import Array, Float, Int, UInt32
 
 from lowprec.formats.bits import (
     EXPONENT,
@@ -25,6 +24,7 @@ from lowprec.formats.bits import (
 )
 from lowprec.formats.rounding import Rounding, increment
 from lowprec.formats.types import FloatFormat
+from lowprec.typing import Array, Float, Int, UInt32
 
 _ZERO = np.uint32(0)
 
@@ -56,8 +56,8 @@ def round_magnitude(
     random: UInt32[Array, "..."] | None,
 ) -> Cell:
     """Rounds the magnitudes of finite float32 patterns; mantissa_bits and min_exponent may be traced."""
-    # Only formats that reach below float32's normal range look inside the binades of its subnormals.
-    deep = not isinstance(min_exponent, int) or min_exponent < -126
+    # Only formats whose cells end among float32's subnormals look at the binades of these.
+    deep = not isinstance(min_exponent, int) or min_exponent < (-126 if subnormals else -125)
     base = jnp.maximum((a >> 23).astype(jnp.int32), 1)
     m = a - ((base - 1).astype(jnp.uint32) << 23)
     field = exponent_field(a) if deep else base
@@ -194,7 +194,7 @@ def encode_float(y: Float[Array, "..."], fmt: FloatFormat) -> UInt32[Array, "...
     if fmt.inf_code is not None:
         magnitude = jnp.where(a == EXPONENT, np.uint32(fmt.inf_code), magnitude)
     sign_bit = np.uint32(1 << (fmt.bits - 1)) if fmt.signed else _ZERO
-    sign = jnp.where((u >= SIGN) & ((magnitude != 0) | fmt.negative_zero), sign_bit, _ZERO)
+    sign = jnp.where((u >= SIGN) & ((magnitude != 0) | fmt.negative_zero | (not fmt.has_zero)), sign_bit, _ZERO)
     nan = np.uint32(0 if fmt.nan_code is None else fmt.nan_code)
     return jnp.where(a > EXPONENT, nan, magnitude | sign)
 

@@ -24,12 +24,11 @@ from lowprec.formats.types import (
 )
 
 _FLOAT = re.compile(
-    r"(?:float\d+_)?e(?P<E>\d+)m(?P<M>\d+)(?:b(?P<b>\d+|_\d+))?"
+    r"(?:float(?P<bits>\d+)_)?e(?P<E>\d+)m(?P<M>\d+)(?:b(?P<b>\d+|_\d+))?"
     r"(?P<family>fnuz|fnu|fn|_ieee|_p3109u?[ef])?(?P<flags>(?:_[a-z]+)*)"
 )
 _INT = re.compile(r"(?P<u>u?)int(?P<bits>\d+)(?P<flag>_symmetric|_midrise)?")
 _FIXED = re.compile(r"(?P<u>u?)fx(?P<bits>\d+)\.(?P<fraction>-?\d+)(?P<flag>_symmetric|_midrise)?")
-_BLOCK = re.compile(r"(?P<element>[^@]+)@(?P<block>tensor|row|\d+x\d+)(?:/(?P<scale>\S+))?")
 
 # The flags of float names: (what they say, the field, its value).
 _FLAGS = {
@@ -41,7 +40,6 @@ _FLAGS = {
     "nonegzero": ("negative_zero", False),
     "nosubnormals": ("subnormals", False),
 }
-_FAMILIES = ("fn", "fnuz", "_ieee")
 
 
 def parse(name: str | Format) -> Format:
@@ -49,21 +47,34 @@ def parse(name: str | Format) -> Format:
 
     Raises:
       UsageError: (a ValueError) if the name is unknown or ambiguous; it names the nearest ones.
+      TypeError: for what is neither.
     """
-    if not isinstance(name, str):
+    if isinstance(name, Format):
         return name
+    if not isinstance(name, str):
+        raise TypeError(f"a format or its name is wanted, not {name!r}")
     if name in catalog.BLOCKS:
         return catalog.BLOCKS[name]
-    match = _BLOCK.fullmatch(name)
-    if not match:
+    element, at, rest = name.partition("@")
+    if not at:
         return parse_element(name)
-    block = match["block"]
-    if block not in ("tensor", "row"):
-        outer, inner = map(int, block.split("x"))
-        if inner < 1 or outer not in (1, inner):
-            raise UsageError(f"block {block!r} in {name!r} is neither 1x<g> nor <g>x<g>")
-        block = (outer, inner)
-    return BlockFormat(parse_element(match["element"]), block, parse_scale(match["scale"] or "f32"))
+    if element in catalog.BLOCKS:
+        raise UsageError(f"format {name!r}: {element} has blocks and scales already ({block_name(parse(element))})")
+    block, slash, scale = rest.partition("/")
+    try:
+        return BlockFormat(parse_element(element), _parse_block(block), parse_scale(scale if slash else "f32"))
+    except ValueError as error:
+        raise UsageError(f"format {name!r}: {error}") from None
+
+
+def _parse_block(block):
+    if block in ("tensor", "row"):
+        return block
+    match = re.fullmatch(r"(\d+)x(\d+)", block)
+    outer, inner = map(int, match.groups()) if match else (0, 0)
+    if inner < 1 or outer not in (1, inner):
+        raise UsageError(f"a block is tensor, row, 1x<g> or <g>x<g>, not {block!r}")
+    return outer, inner
 
 
 def parse_element(name: str) -> ElementFormat:
@@ -78,7 +89,8 @@ def parse_element(name: str) -> ElementFormat:
                 raise
             except ValueError as error:
                 raise UsageError(f"format {name!r}: {error}") from None
-    raise unknown("format", name, (*catalog.ELEMENTS, *catalog.BLOCKS), "lowprec formats lists all")
+    hint = "lowprec formats lists all; any e<E>m<M>fn, e<E>m<M>_ieee, int<bits> and fx<bits>.<fraction> can be written"
+    raise unknown("format", name, (*catalog.ELEMENTS, *catalog.BLOCKS), hint)
 
 
 def _build_float(match):
@@ -89,22 +101,34 @@ def _build_float(match):
             f"format {match[0]!r} is ambiguous: say {base}fn (all exponents hold numbers) or {base}_ieee "
             "(the top exponent holds infinity and NaN)"
         )
-    if family == "fnu":
+    if family in ("fn", "fnuz", "_ieee"):
+        fmt = _build_by_fields(e, m, match)
+    elif match["b"] or match["flags"]:
+        raise UsageError(f"format {match[0]!r}: the family {family.strip('_')} has its own bias and takes no flags")
+    elif family == "fnu":
         if (e, m) != (8, 0):
             raise UsageError(f"format {match[0]!r}: only e8m0 has the family fnu")
-        return E8M0
-    if family.startswith("_p3109"):
+        fmt = E8M0
+    else:
         # IEEE P3109: NaN takes the code of negative zero, or, unsigned, the last one; extended formats have infinities.
         unsigned, extended = "u" in family, family.endswith("e")
         bias = 1 << (e - 1) if e else 0
-        return FloatFormat(e, m, bias, extended, "fn" if unsigned else "fnuz", signed=not unsigned)
-    fields = _family_fields(family, e, m)
+        fmt = FloatFormat(e, m, bias, extended, "fn" if unsigned else "fnuz", signed=not unsigned)
+    if match["bits"] and int(match["bits"]) != fmt.bits:
+        raise UsageError(f"format {match[0]!r} has {fmt.bits} bits, not {match['bits']}")
+    return fmt
+
+
+def _build_by_fields(e, m, match):
+    family, said = match["family"], {}
     for flag in filter(None, match["flags"].split("_")):
         if flag not in _FLAGS:
             raise unknown("flag of a float format", flag, _FLAGS)
-        fields[_FLAGS[flag][0]] = _FLAGS[flag][1]
+        field, value = _FLAGS[flag]
+        if said.setdefault(field, value) != value:
+            raise UsageError(f"format {match[0]!r}: its flags contradict each other")
     bias = int(match["b"].replace("_", "-")) if match["b"] else (1 << (e - 1)) - (family != "fnuz") if e else 0
-    return FloatFormat(e, m, bias, **fields)
+    return FloatFormat(e, m, bias, **_family_fields(family, e, m) | said)
 
 
 def _family_fields(family, exponent_bits, mantissa_bits):
@@ -131,7 +155,7 @@ def float_name(fmt: FloatFormat) -> str:
         flags.append("nan" if fmt.nan == "fn" else "nonan")
     if not fmt.signed:
         flags.append("unsigned")
-    elif not fmt.negative_zero and fmt.nan != "fnuz":
+    elif not fmt.negative_zero and fmt.nan != "fnuz" and fmt.has_zero:
         flags.append("nonegzero")
     if not fmt.subnormals:
         flags.append("nosubnormals")

@@ -2,13 +2,13 @@
 
 import jax.numpy as jnp
 import numpy as np
-from lowprec.typing import Array, Float, Int, UInt32
 
 from lowprec.formats.bits import MAGNITUDE, SIGN, from_bits, scaled_pattern, to_bits
 from lowprec.formats.floats import round_magnitude
 from lowprec.formats.rounding import Rounding
 from lowprec.formats.tables import round_table
 from lowprec.formats.types import IntFormat, TableFormat
+from lowprec.typing import Array, Float, Int, UInt32
 
 
 def value_list(fmt: IntFormat) -> np.ndarray:

@@ -7,6 +7,7 @@ a 1-bit format. The order is that of `lax.bitcast_convert_type` on native int4, 
 import math
 
 import jax.numpy as jnp
+
 from lowprec.typing import Array, UInt, UInt8
 
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from lowprec.typing import Array, UInt32
 
 from lowprec.errors import unknown
+from lowprec.typing import Array, UInt32
 
 GENERATORS = ("hash", "threefry")
 
@@ -35,10 +35,10 @@ def random_bits(key: jax.Array, shape: tuple[int, ...], generator: str = "hash")
     return jnp.broadcast_to(_mix(_mix(low + words[0]) ^ (words[1] + high)), shape)
 
 
-def _flat_index(shape):
+def _flat_index(shape, limit=1 << 32):
     """The row-major index of each element. Past 2^32 elements the leading axes count in a second word."""
     split = len(shape)
-    while split and math.prod(shape[split - 1 :]) <= 1 << 32:
+    while split and math.prod(shape[split - 1 :]) <= limit:
         split -= 1
     return _index(shape, range(split, len(shape))), _index(shape, range(split))
 

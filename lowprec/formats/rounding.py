@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from lowprec.typing import Array, Bool, UInt32
 
 from lowprec.errors import UsageError, unknown
+from lowprec.typing import Array, Bool, UInt32
 
 NEAREST = ("nearest_even", "nearest_away", "nearest_zero")
 DIRECTED = ("toward_zero", "away", "up", "down", "odd")

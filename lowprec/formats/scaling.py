@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from lowprec.typing import Array, Float, Int
 
 from lowprec.formats.bits import (
     EXPONENT,
     MAGNITUDE,
+    divide,
     from_bits,
     pattern,
     power_of_two,
@@ -25,6 +25,7 @@ from lowprec.formats.blocks import BlockLayout
 from lowprec.formats.floats import round_float
 from lowprec.formats.rounding import Rounding
 from lowprec.formats.types import FLOAT32, ElementFormat, FloatFormat, IntFormat, ScaleSpec
+from lowprec.typing import Array, Float, Int
 
 _SMALLEST = np.float32(2.0**-126)  # below, 1 / scale would overflow and CPUs flush the scale to zero
 _LARGEST = np.finfo(np.float32).max
@@ -98,13 +99,13 @@ def scale_from_amax(
     bits = to_bits(amax)
     finite = bits < EXPONENT
     # Exactly zero only where amax is: a quotient that a CPU flushes to zero still wants the smallest scale.
-    wanted = jnp.where(bits == 0, 0.0, jnp.where(finite, jnp.clip(amax / top, _SMALLEST, _LARGEST), jnp.nan))
+    wanted = jnp.where(bits == 0, 0.0, jnp.where(finite, jnp.clip(divide(amax, top), _SMALLEST, _LARGEST), jnp.nan))
     if not spec.per_tensor:
         return store_scale(wanted, spec)
     largest = np.float32(spec.format.max if limit is None else limit)
     tensor_bits = _max_bits(jnp.where(finite, bits, np.uint32(0)))
-    tensor = jnp.where(tensor_bits == 0, 1.0, jnp.maximum(from_bits(tensor_bits) / (largest * top), _SMALLEST))
-    return store_scale(wanted / tensor, spec, largest)._replace(tensor=tensor)
+    tensor = jnp.where(tensor_bits == 0, 1.0, jnp.maximum(divide(from_bits(tensor_bits), largest * top), _SMALLEST))
+    return store_scale(divide(wanted, tensor), spec, largest)._replace(tensor=tensor)
 
 
 def store_scale(wanted: Float[Array, "..."], spec: ScaleSpec, limit: float | None = None) -> Scale:

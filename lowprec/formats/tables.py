@@ -6,10 +6,10 @@ Values are compared as integers in the order of float32: comparisons of floats t
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from lowprec.typing import Array, Bool, Float, Int, UInt32
 
 from lowprec.formats.rounding import Rounding
 from lowprec.formats.types import TableFormat
+from lowprec.typing import Array, Bool, Float, Int, UInt32
 
 _COMPARISONS_UP_TO = 32  # below this many values, comparing with each beats a binary search on every backend
 
@@ -43,6 +43,7 @@ def _nearest_code(x, fmt, rounding, random):
     lower = _count_reached(place, values[1:])
     low, high = decode_table(lower, fmt), decode_table(jnp.minimum(lower + 1, len(values) - 1), fmt)
     negative = place < 0
+    around_zero = (low < 0) & (high > 0)
     match rounding.kind:
         case "up":
             up = True
@@ -51,16 +52,17 @@ def _nearest_code(x, fmt, rounding, random):
         case "away":
             up = ~negative
         case "toward_zero":
-            up = negative
+            # Between -a and b there is nothing toward zero: the sign stays, as in floats without a zero.
+            up = negative ^ around_zero
         case "odd":
             up = lower % 2 == 0
         case "stochastic_equal":
             up = random >> 31 == 1
         case "stochastic":
             # As for floats δ is the fraction dropped from the magnitude: the way from the neighbour toward zero.
-            x = jnp.clip(x, values[0], values[-1])
-            way = jnp.where(negative, high - x, x - low) / jnp.where(high > low, high - low, 1)
-            up = negative ^ _moves_away(way, rounding, random)
+            x, mirrored = jnp.clip(x, values[0], values[-1]), negative & ~around_zero
+            way = jnp.where(mirrored, high - x, x - low) / jnp.where(high > low, high - low, 1)
+            up = mirrored ^ _moves_away(way, rounding, random)
     return lower + ((place > _order(low)) & up).astype(jnp.uint32)
 
 

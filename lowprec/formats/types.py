@@ -41,7 +41,7 @@ class FloatFormat:
       nan: "ieee": every code with the top exponent that is not infinity; "fn": the one with all bits set;
         "fnuz": the code of negative zero; "none": no code.
       signed: whether there is a sign bit.
-      negative_zero: whether negative zero exists (never in unsigned and "fnuz" formats).
+      negative_zero: whether negative zero exists (never in unsigned and "fnuz" formats, or where there is no zero).
       subnormals: when False, nothing lies between zero and the smallest normal number; with M = 0 there is
         no zero either and exponent field 0 is a power of two as any other (e8m0).
     Raises:
@@ -74,10 +74,14 @@ class FloatFormat:
             object.__setattr__(self, "has_inf", self.nan == "ieee")
         if self.nan == "fnuz" and not self.signed:
             raise ValueError("fnuz puts its NaN at negative zero: an unsigned format has none (use fn)")
-        if self.nan == "fnuz" or not self.signed:
+        if self.nan == "fnuz" and not self.has_zero:
+            raise ValueError("fnuz puts its NaN at negative zero: a format without a zero has none (use fn)")
+        if self.nan == "fnuz" or not self.signed or not self.has_zero:
             object.__setattr__(self, "negative_zero", False)
+        if self.max_code < 1 or self.max == 0:
+            raise ValueError(f"no code is left for a positive number in {self!r}")
         smallest = self.min_exponent - (self.mantissa_bits if self.subnormals else 0)
-        if self.max_code < 1 or smallest < -149 or self.max_exponent > 127:
+        if smallest < -149 or self.max_exponent > 127:
             raise ValueError(f"float32 does not contain the format {self!r}")
 
     @property

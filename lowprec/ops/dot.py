@@ -90,7 +90,9 @@ class Residuals(NamedTuple):
     sums: tuple | None  # error sums of fwd.x and fwd.w
 
 
+# Jitted, so that a call outside of jit compiles one program rather than a hundred small ones.
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.jit, static_argnums=4)
 def _product(x, w, key, taps, call):
     return multiply(*_forward_operands(x, w, key, call.rule), call.backend)
 
@@ -100,6 +102,7 @@ def _forward_operands(x, w, key, rule):
     return quantize_operand(rule.fwd[0], x, "fwd.x", streams), quantize_operand(rule.fwd[1], w, "fwd.w", streams)
 
 
+@partial(jax.jit, static_argnums=4)
 def _forward(x, w, key, taps, call):
     rule = call.rule
     if rule.stochastic and key is None:
@@ -120,6 +123,7 @@ def _forward(x, w, key, taps, call):
     return multiply(fx, fw, call.backend), residuals
 
 
+@partial(jax.jit, static_argnums=0)
 def _backward(call, kept, dy):
     rule, streams = call.rule, Streams(kept.key)
     # Without the barrier XLA would find the forward operand again and keep it after all.

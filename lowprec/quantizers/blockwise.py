@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from lowprec.typing import Array, Float
 
 from lowprec.formats.blocks import BlockLayout, block_layout
 from lowprec.formats.elements import as_float32, noise, round_elements
@@ -12,6 +11,7 @@ from lowprec.formats.rounding import Rounding
 from lowprec.formats.scaling import Scale
 from lowprec.formats.types import BlockFormat, Format
 from lowprec.quantizers.scales import AbsMax, ScaleRule
+from lowprec.typing import Array, Float
 
 
 @dataclass

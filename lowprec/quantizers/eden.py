@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lowprec.typing import Array, Float
 
 from lowprec.errors import UsageError
 from lowprec.formats.elements import noise
@@ -13,6 +12,7 @@ from lowprec.formats.floats import round_float
 from lowprec.formats.rounding import Rounding
 from lowprec.formats.types import BlockFormat, Format
 from lowprec.quantizers.blockwise import Rounded
+from lowprec.typing import Array, Float
 
 
 @dataclass(frozen=True)

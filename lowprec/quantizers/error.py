@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from lowprec.typing import Array, Float
 
 from lowprec.formats.types import BlockFormat
 from lowprec.quantizers.blockwise import Rounded
+from lowprec.typing import Array, Float
 
 # What is accumulated for an operand; every entry is a sum, so that cotangents may add them.
 SUMS = (

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from lowprec.typing import Array, Bool, Float
 
 from lowprec.formats.types import BlockFormat
 from lowprec.quantizers.blockwise import Rounded
+from lowprec.typing import Array, Bool, Float
 
 
 @dataclass(frozen=True)

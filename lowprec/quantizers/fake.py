@@ -5,7 +5,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from lowprec.typing import Array, Float
 
 from lowprec.errors import unknown
 from lowprec.formats.grammar import parse
@@ -13,6 +12,7 @@ from lowprec.formats.rounding import Rounding, parse_rounding
 from lowprec.formats.types import Format
 from lowprec.quantizers.blockwise import round_blocks
 from lowprec.quantizers.estimators import inside
+from lowprec.typing import Array, Float
 
 GRADIENTS = ("ste", "clipped")
 

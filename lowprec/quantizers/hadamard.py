@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from lowprec.typing import Array, Float
 
 from lowprec.errors import UsageError
 from lowprec.formats.random import random_bits
+from lowprec.typing import Array, Float
 
 # The sign vector that NVIDIA's NVFP4 recipe uses in all layers and steps (TransformerEngine, arXiv 2509.25149).
 FIXED_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)

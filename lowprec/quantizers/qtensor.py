@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from lowprec.typing import Array, Float
 
 from lowprec.formats.blocks import BlockLayout, block_layout
 from lowprec.formats.elements import code_dtype, decode, encode_rounded
@@ -15,6 +14,7 @@ from lowprec.formats.rounding import Rounding, parse_rounding
 from lowprec.formats.scaling import Scale
 from lowprec.formats.types import BFLOAT16, FLOAT32, BlockFormat, ElementFormat, Format
 from lowprec.quantizers.blockwise import Rounded, round_blocks
+from lowprec.typing import Array, Float
 
 
 @jax.tree_util.register_dataclass

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
-from lowprec.typing import Array, Float
 
 from lowprec.errors import UsageError
 from lowprec.formats.grammar import parse
@@ -15,6 +14,7 @@ from lowprec.quantizers.eden import Eden
 from lowprec.quantizers.estimators import Estimator, StraightThrough
 from lowprec.quantizers.hadamard import Hadamard
 from lowprec.quantizers.scales import AbsMax, ScaleRule
+from lowprec.typing import Array, Float
 
 Source = Literal["original", "requantize", "reuse"]
 

@@ -8,14 +8,15 @@ from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
-from lowprec.typing import Array, Float
 
 from lowprec.errors import UsageError
+from lowprec.formats.bits import divide
 from lowprec.formats.blocks import BlockLayout
 from lowprec.formats.elements import round_elements
 from lowprec.formats.rounding import Rounding
 from lowprec.formats.scaling import Scale, block_amax, scale_from_amax, store_scale
 from lowprec.formats.types import BlockFormat
+from lowprec.typing import Array, Float
 
 
 class ScaleRule(Protocol):
@@ -63,8 +64,8 @@ class FourOverSix:
             raise UsageError(f"powers of two cannot choose between amax on 6 and amax on 4: {fmt}")
         amax = block_amax(blocks, layout, exact=False)
         six = scale_from_amax(amax, fmt.element, fmt.scale, limit=self.limit)
-        wanted = amax / np.float32(fmt.element.max) * np.float32(1.5)
-        wanted = wanted if six.tensor is None else wanted / six.tensor
+        wanted = divide(amax, np.float32(fmt.element.max)) * np.float32(1.5)
+        wanted = wanted if six.tensor is None else divide(wanted, six.tensor)
         four = store_scale(wanted, fmt.scale)._replace(tensor=six.tensor)
         errors = [self._squared_error(blocks, scale, layout, fmt) for scale in (six, four)]
         return six._replace(block=jnp.where(errors[0] <= errors[1], six.block, four.block))
@@ -87,7 +88,7 @@ class RootMeanSquare:
     def __call__(self, blocks, layout, fmt):
         mean_square = jnp.mean(blocks * blocks, axis=layout.members, keepdims=True)
         top = np.float32(self.clip) * jnp.sqrt(mean_square) + np.float32(self.offset)
-        return store_scale(top / np.float32(fmt.element.max), fmt.scale)
+        return store_scale(divide(top, np.float32(fmt.element.max)), fmt.scale)
 
     def __str__(self):
         return f"{self.clip:.5g} · rms"

@@ -135,19 +135,19 @@ class Checkpoints:
     def _manager(self, read_only: bool = False) -> Iterator[Any]:
         import orbax.checkpoint as ocp
 
-        # Not asynchronous: on a CPU Orbax would read the very buffers that the next step, which is given them as
-        # donated, overwrites.
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else self._keep,
-            enable_async_checkpointing=False,
-            create=not read_only,
-            read_only=read_only,
-        )
         # Orbax warns of what we ask it for.
         logger = logging.getLogger("absl")
         level = logger.level
         logger.setLevel(logging.ERROR)
         try:
+            # Not asynchronous: on a CPU Orbax would read the very buffers that the next step, to which they are
+            # donated, overwrites.
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=None if read_only else self._keep,
+                enable_async_checkpointing=False,
+                create=not read_only,
+                read_only=read_only,
+            )
             with contextlib.closing(ocp.CheckpointManager(self.directory.absolute(), options=options)) as manager:
                 yield manager
         finally:

@@ -1,8 +1,8 @@
 """A run's config: an ml_collections ConfigDict at the edge, frozen dataclasses inside.
 
-    config = default()                       # every key with its default value
-    config.model.width = 128
-    run = resolve(config)                    # RunConfig; wrong keys, types and values are errors that name the key
+config = default()                       # every key with its default value
+config.model.width = 128
+run = resolve(config)                    # RunConfig; wrong keys, types and values are errors that name the key
 """
 
 import dataclasses
@@ -282,7 +282,7 @@ def _unknown_key(key: str, value: object, types: Mapping[str, type]) -> UsageErr
     return unknown("config key", key, types)
 
 
-def _leaf_types(cls: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+def _leaf_types(cls: Any, prefix: str = "") -> Iterator[tuple[str, type]]:
     for name, kind in get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind):
             yield from _leaf_types(kind, f"{prefix}{name}.")
@@ -302,7 +302,7 @@ def _converted(key: str, value: object, kind: type) -> object:
     raise UsageError(f"config key {key!r} takes {kind.__name__}, not {value!r} ({type(value).__name__})")
 
 
-def _build(cls: type, prefix: str, values: Mapping[str, Any]) -> Any:
+def _build(cls: Any, prefix: str, values: Mapping[str, Any]) -> Any:
     arguments = {}
     for name, kind in get_type_hints(cls).items():
         key = f"{prefix}{name}"

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lowprec.typing import Array, Float, Int
 
 from lowprec.data import TextData
 from lowprec.training.step import token_losses
+from lowprec.typing import Array, Float, Int
 
 
 @dataclass(frozen=True)

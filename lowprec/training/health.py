@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from lowprec.typing import Array, Int
 
 from lowprec.nn.linen import tap_statistics
 from lowprec.quantizers import OPERANDS, OperandStatistics
 from lowprec.training.step import mean_loss
+from lowprec.typing import Array, Int
 
 NUMBERS = ("sqnr_db", "cosine", "clipped", "underflowed", "amax")
 # Enough to read, little enough that a line of metrics.jsonl stays short.

@@ -7,23 +7,22 @@ Metrics are read one step late, so that the device always has the next step to d
 """
 
 import math
-from typing import IO, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
 
-from lowprec.errors import UsageError
-from lowprec.models import count_parameters
+from lowprec.data import TrainBatches
 from lowprec.training.checkpoints import Checkpoints
-from lowprec.training.config import RunConfig, resolve
-from lowprec.training.metrics import JsonLines, TensorBoard, Writers, read_lines
-from lowprec.training.progress import Clock, Progress
+from lowprec.training.metrics import MetricsWriter
+from lowprec.training.profile import Profiler
 from lowprec.training.program import Program
-from lowprec.training.run_directory import RunDirectory, write_json
+from lowprec.training.progress import Clock, Progress
 from lowprec.training.state import TrainState
 from lowprec.training.step import STEP_METRICS
 from lowprec.training.stop import StopRequest
-from lowprec.training.summary import Status, summarize
+from lowprec.training.summary import Status
 
 
 class Diverged(Exception):
@@ -38,102 +37,34 @@ class Diverged(Exception):
         self.step = step
 
 
-def train(config, workdir, *, stream: IO[str] | None = None) -> dict[str, Any]:
-    """Trains, or goes on with, the run of a config in a directory of its own.
-
-    Args:
-      config: RunConfig, ConfigDict or dict.
-      workdir: empty, absent, or holding this config's run; a finished run is not repeated.
-      stream: where progress is shown; standard error when None.
-    Returns:
-      The content of summary.json; "status" says how it ended: done, diverged or interrupted.
-    Raises:
-      UsageError: (a ValueError) what was asked for cannot be served; nothing has been changed then.
-    """
-    config, run = resolve(config), RunDirectory(workdir)
-    run.check(config)
-    finished = run.finished()
-    if finished is not None:
-        return finished
-    program = Program(config)
-    with run.claimed(), StopRequest() as stop:
-        training = Training(program, run, stop, stream)
-        try:
-            training.start()
-            status = training.run()
-        except UsageError:
-            raise
-        except Exception:
-            training.write_summary("failed")
-            raise
-        finally:
-            training.close()
-        return training.write_summary(status)
-
-
+@dataclass
 class Training:
-    """The state of the loop."""
+    """A run in motion.
 
-    def __init__(self, program: Program, run: RunDirectory, stop: StopRequest, stream: IO[str] | None):
-        self.program, self.config, self.run_directory, self.stop = program, program.config, run, stop
-        self.stream = stream
-        self.checkpoints = Checkpoints(run.checkpoints, self.config.checkpoint.keep)
-        self.step, self.resumed_at = 0, 0
-        self.state: TrainState | None = None
-        self.batches = self.display = self.writers = None
-        self.clock = Clock()
-        # What a checkpoint remembers beside state and data.
-        self.progress: dict[str, Any] = {"train_loss": None, "evaluation": None, "best": None, "health": None}
-        self.pending: tuple[int, jax.Array] | None = None  # (step, metrics) not read back yet
-        self.tracing = False
+    Attributes:
+      state: after `step` updates.
+      batches: the next one is that of step + 1.
+      progress: what a checkpoint remembers beside state, data and clock; see `new_progress`.
+    """
 
-    def start(self) -> None:
-        """Takes the newest good checkpoint, or the initial state; from here on the directory is written to."""
-        restored = self.checkpoints.restore(self.program.abstract_state())
-        self.batches = self.program.batches()
-        notes = []
-        if restored is None:
-            refuse_lost_checkpoints(self.run_directory)
-            self.state = self.program.initial_state()
-        else:
-            checkpoint, damaged = restored
-            self.batches.set_state(checkpoint.data)
-            self.checkpoints.set_aside(damaged)
-            notes += [f"checkpoint {path} cannot be read ({reason}); it was set aside" for path, reason in damaged]
-            notes.append(f"going on from the checkpoint of step {checkpoint.step}")
-            self.step = self.resumed_at = checkpoint.step
-            self.state = checkpoint.state
-            self.progress = {name: checkpoint.progress.get(name) for name in (*self.progress, "state_sha256")}
-            self.clock = Clock(**{name: checkpoint.progress[name] for name in self.clock.state()})
-        write_json(self.run_directory.config, self.config.to_dict())
-        writers = [JsonLines(self.run_directory.metrics, self.step)]
-        if self.config.log.tensorboard:
-            writers.append(TensorBoard(self.run_directory.tensorboard, self.step))
-        self.writers = Writers(*writers)
-        self.display = Progress(self.config.train.steps, self.step, self.stream)
-        for note in (*notes, describe(self.program)):
-            self.display.note(note)
+    program: Program
+    state: TrainState
+    batches: TrainBatches
+    step: int
+    progress: dict[str, Any]
+    clock: Clock
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    display: Progress
+    profiler: Profiler
+    stop: StopRequest
+    # (step, metrics) that have not been read back yet.
+    pending: tuple[int, jax.Array] | None = field(default=None, init=False)
 
     def run(self) -> Status:
-        """Trains to the end, to a stop or to divergence."""
-        steps = self.config.train.steps
+        """Trains to the end, to a stop or to divergence; `step` is then that of the last good step."""
         try:
-            while True:
-                stopping = self.stop.requested
-                if self.step > self.resumed_at:
-                    self.settle(stopping is not None)
-                if self.step == steps:
-                    return "done"
-                if stopping:
-                    self.display.note(f"{stopping}: stopped after step {self.step}; the same command goes on from there")
-                    return "interrupted"
-                tokens = self.program.put(next(self.batches))
-                self.trace()
-                self.state, metrics = self.program.train_step(self.state, tokens)
-                self.step += 1
-                if self.pending:
-                    self.log(self.read_pending())
-                self.pending = (self.step, metrics)
+            return self._run()
         except Diverged as diverged:
             self.step = diverged.step - 1
             self.progress["diverged"] = str(diverged)
@@ -142,53 +73,74 @@ class Training:
             self.display.note(f"diverged: {diverged}; step {self.step} was the last good one; {kept}")
             return "diverged"
 
-    def settle(self, stopping: bool) -> None:
+    def _run(self) -> Status:
+        first, steps = self.step, self.program.config.train.steps
+        while True:
+            stopping = self.stop.requested
+            # A checkpoint's state was evaluated and saved before.
+            if self.step > first:
+                self._settle(stopping is not None)
+            if self.step == steps:
+                return "done"
+            if stopping:
+                self.display.note(f"{stopping}: stopped after step {self.step}; the same command goes on")
+                return "interrupted"
+            tokens = self.program.put(next(self.batches))
+            self.profiler.before_step(self.step, self.state)
+            self.state, metrics = self.program.train_step(self.state, tokens)
+            self.step += 1
+            if self.pending is not None:
+                self._log(self._read(*self.pending))
+            self.pending = (self.step, metrics)
+
+    def _settle(self, stopping: bool) -> None:
         """Evaluates and saves the state of this step, if it is time to."""
-        last = self.step == self.config.train.steps
-        evaluating, saving = last or is_due(self.step, self.config.eval.every), last or stopping
-        saving = saving or is_due(self.step, self.config.checkpoint.every)
-        if not evaluating and not saving:
+        config = self.program.config
+        last = self.step == config.train.steps
+        evaluating = last or is_due(self.step, config.eval.every)
+        saving = last or stopping or is_due(self.step, config.checkpoint.every)
+        if not (evaluating or saving) or self.pending is None:
             return
-        line = self.read_pending()
+        line = self._read(*self.pending)
+        self.pending = None
         if evaluating:
-            line |= self.evaluate()
-        self.log(line, always=True)
+            line |= self._evaluate()
+        self._log(line, always=True)
         if evaluating and not math.isfinite(line["eval_loss"]):
             raise Diverged("the evaluation loss", line["eval_loss"], self.step)
         if saving:
-            self.writers.flush()
-            state = {**self.progress, **self.clock.state()}
-            self.progress["state_sha256"] = self.checkpoints.save(self.step, self.state, self.batches.get_state(), state)
+            self.writer.flush()
+            self.progress["state_sha256"] = self.checkpoints.save(
+                self.step, self.state, self.batches.get_state(), {**self.progress, **self.clock.state()}
+            )
         self.clock.restart()
 
-    def read_pending(self) -> dict[str, Any]:
-        """Waits for the metrics of the last step not read yet: a line for metrics.jsonl."""
-        step, metrics = self.pending
-        self.pending = None
+    def _read(self, step: int, metrics: jax.Array) -> dict[str, Any]:
+        """Waits for the metrics of a step: a line for metrics.jsonl."""
         measured = dict(zip(STEP_METRICS, np.asarray(metrics, np.float64).tolist(), strict=True))
         rate = self.clock.step_done(self.program.tokens_per_step)
         line = {
             "step": step,
-            "loss": measured.pop("loss"),
+            "loss": measured["loss"],
+            "bits_per_byte": self.program.data.bits_per_byte(measured["loss"], split="train"),
+            **{name: value for name, value in measured.items() if name != "loss"},
             "tokens": step * self.program.tokens_per_step,
-            **measured,
             "tokens_per_second": round(rate, 1),
             "seconds": round(self.clock.seconds, 3),
         }
-        line["bits_per_byte"] = self.program.data.bits_per_byte(line["loss"], split="train")
         for name in ("loss", "grad_norm"):
             if not math.isfinite(line[name]):
-                self.writers.write(line)
+                self.writer.write(line)
                 raise Diverged(f"the {name.replace('_', ' ')}", line[name], step)
         self.progress["train_loss"] = line["loss"]
         return line
 
-    def log(self, line: dict[str, Any], always: bool = False) -> None:
-        if always or is_due(line["step"], self.config.log.every):
-            self.writers.write(line)
+    def _log(self, line: dict[str, Any], always: bool = False) -> None:
+        if always or is_due(line["step"], self.program.config.log.every):
+            self.writer.write(line)
         self.display.step(line)
 
-    def evaluate(self) -> dict[str, Any]:
+    def _evaluate(self) -> dict[str, Any]:
         """Numbers for the line of this step."""
         evaluation = self.program.evaluate(self.state.params).metrics(self.program.data)
         self.progress["evaluation"] = {"step": self.step, **evaluation}
@@ -201,7 +153,7 @@ class Training:
             f"({evaluation['eval_bits_per_byte_full_precision']:.4f} with the full-precision forward pass)"
         )
         health: dict[str, Any] = {}
-        if self.config.eval.health:
+        if self.program.config.eval.health:
             measured = self.program.measure_health(self.state.params)
             health = measured.metrics()
             self.progress["health"] = measured.summary()
@@ -211,59 +163,16 @@ class Training:
         self.display.note(text)
         return evaluation | health
 
-    def trace(self) -> None:
-        """Starts and ends the profiler's trace, if one is wanted."""
-        profile, done = self.config.profile, self.step - self.resumed_at
-        if profile.steps and done == profile.skip:
-            jax.profiler.start_trace(self.run_directory.profile)
-            self.tracing = True
-        elif self.tracing and done == profile.skip + profile.steps:
-            self.end_trace()
-
-    def end_trace(self) -> None:
-        if self.tracing:
-            jax.block_until_ready(self.state)
-            jax.profiler.stop_trace()
-            self.tracing = False
-
-    def write_summary(self, status: Status) -> dict[str, Any]:
-        progress = {**self.progress, **self.clock.state()}
-        summary = summarize(self.program, status, self.step, progress)
-        write_json(self.run_directory.summary, summary)
-        return summary
-
     def close(self) -> None:
-        self.end_trace()
-        for resource in (self.writers, self.batches):
-            if resource is not None:
-                resource.close()
+        self.profiler.close(self.state)
+        self.writer.close()
+        self.batches.close()
+
+
+def new_progress() -> dict[str, Any]:
+    """Last training loss, last and best evaluation, last health, what diverged, sum of the state: all unknown yet."""
+    return dict.fromkeys(("train_loss", "evaluation", "best", "health", "diverged", "state_sha256"))
 
 
 def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def describe(program: Program) -> str:
-    """What is about to be trained, in one line."""
-    config, mesh = program.config, program.mesh.shape
-    parameters = count_parameters(config.model, program.data.vocab_size)
-    return (
-        f"{config.recipe} on {program.data.name}: {parameters.total:,} parameters ({parameters.non_embedding:,} without "
-        f"embeddings), {config.train.steps} steps of {program.tokens_per_step} tokens, {mesh['data']}×{mesh['fsdp']} "
-        f"{jax.devices()[0].device_kind}; compiling"
-    )
-
-
-def refuse_lost_checkpoints(run: RunDirectory) -> None:
-    """Does not start over where a checkpoint must have been: its metrics would be cut off.
-
-    Raises:
-      UsageError: (a ValueError) if the run had come past its first checkpoint.
-    """
-    lines, stored = read_lines(run.metrics), run.read_config()
-    every = stored.checkpoint.every if stored else 0
-    if lines and every and lines[-1]["step"] > every:
-        raise UsageError(
-            f"{run.checkpoints} has no checkpoint, although {run.metrics} goes to step {lines[-1]['step']}; nothing was "
-            f"changed. Put the checkpoints back, or train into another --workdir"
-        )

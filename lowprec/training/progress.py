@@ -3,11 +3,15 @@
 import shutil
 import sys
 import time
+from collections import deque
+from collections.abc import Mapping
 from typing import IO, Any
 
 # Between two plain lines: often enough to see that it lives, seldom enough to read the log.
 PLAIN_SECONDS = 10.0
 BAR_SECONDS = 0.1
+# Steps come in bursts, as they are read back late: their rate is that of several.
+RECENT_STEPS = 20
 
 
 class Clock:
@@ -17,20 +21,28 @@ class Clock:
         self._before, self._start = seconds, time.monotonic()
         self.train_seconds, self.timed_tokens = train_seconds, timed_tokens
         self._mark, self._compiled = self._start, False
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_STEPS)
+
+    @classmethod
+    def restore(cls, state: Mapping[str, Any]) -> "Clock":
+        """From what `state` gave."""
+        return cls(state["seconds"], state["train_seconds"], state["timed_tokens"])
 
     @property
     def seconds(self) -> float:
         return self._before + time.monotonic() - self._start
 
     def step_done(self, tokens: int) -> float:
-        """Tokens a second since the step before, or since `restart`."""
+        """Tokens a second over the last steps; of the first one, in which everything is compiled, over that alone."""
         now = time.monotonic()
         elapsed, self._mark = max(now - self._mark, 1e-9), now
-        if self._compiled:
-            self.train_seconds += elapsed
-            self.timed_tokens += tokens
-        self._compiled = True
-        return tokens / elapsed
+        if not self._compiled:
+            self._compiled = True
+            return tokens / elapsed
+        self.train_seconds += elapsed
+        self.timed_tokens += tokens
+        self._recent.append((tokens, elapsed))
+        return sum(tokens for tokens, _ in self._recent) / sum(elapsed for _, elapsed in self._recent)
 
     def restart(self) -> None:
         """Leaves out what was not a step."""
@@ -50,15 +62,13 @@ class Progress:
 
     Args:
       steps: of the whole run.
-      start: steps that were done before.
       stream: standard error when None.
     """
 
-    def __init__(self, steps: int, start: int = 0, stream: IO[str] | None = None):
-        self._steps, self._first = steps, start
+    def __init__(self, steps: int, stream: IO[str] | None = None):
+        self._steps = steps
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty()
-        self._begin = time.monotonic()
         self._first_done: tuple[int, float] | None = None
         self._shown = -1e9
 

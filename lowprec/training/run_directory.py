@@ -84,7 +84,9 @@ class RunDirectory:
         stored = self.read_config()
         if stored is None:
             if self.path.is_dir() and any(self.path.iterdir()):
-                raise UsageError(f"{self.path} holds other things than a run (there is no config.json); nothing was changed")
+                raise UsageError(
+                    f"{self.path} holds other things than a run (there is no config.json); nothing was changed"
+                )
             return
         different = differences(stored, config)
         if different:

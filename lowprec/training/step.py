@@ -9,9 +9,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from lowprec.typing import Array, Float, Int
 
 from lowprec.training.state import TrainState
+from lowprec.typing import Array, Float, Int
 
 # What a step measures, in the order of its vector of metrics (one array is one transfer).
 STEP_METRICS = ("loss", "grad_norm", "lr", "param_norm", "update_norm")

@@ -122,7 +122,7 @@ class NumberLine:
             "nearest_even": past | (tie & self.odd[near]),
             "nearest_away": past | tie,
             "nearest_zero": past,
-            "toward_zero": False,
+            "toward_zero": (low < 0) & (high > 0),  # there, nothing lies toward zero: the sign stays
             "away": True,
             "up": positive,
             "down": ~positive,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lowprec import formats
-from lowprec.formats import BlockFormat, FloatFormat, Rounding, floats
+from lowprec.formats import FloatFormat, Rounding, floats
 
 
 def patterns() -> np.ndarray:
@@ -35,7 +35,7 @@ def reference_dtype(name):
 SHARED = [name for name in formats.names() if reference_dtype(name) is not None]
 
 
-def test_nearly_all_float_types_of_ml_dtypes_are_compared():
+def test_all_float_types_of_ml_dtypes_are_compared():
     theirs = {name for name in dir(ml_dtypes) if name.startswith(("float", "bfloat"))}
     ours = {reference_dtype(name).name for name in SHARED}
     assert theirs <= ours
@@ -51,7 +51,7 @@ def comparable(name, x):
 
 
 def wrongly_rounded_by_ml_dtypes(x):
-    """ml_dtypes 0.6 takes float32 subnormals up to 1.5·2^-127 for 2^-127 or less only where their top bits say so."""
+    """Where some inputs, all of them float32 subnormals, get the power of two that is not the nearest (ml_dtypes 0.6)."""
     return (x > 2.0**-127) & (x < 1.5 * 2.0**-127)
 
 
@@ -93,12 +93,12 @@ def test_saturation_changes_only_what_overflows(name):
 
 
 def test_the_known_fault_of_ml_dtypes_is_exactly_this():
-    # Remove the exception above once ml_dtypes rounds these right: to the nearer of 2^-127 and 2^-126.
+    # 2^-127 is nearer than 2^-126. Once no supported ml_dtypes gives the latter, this and the exception can go.
     x = PATTERNS[wrongly_rounded_by_ml_dtypes(PATTERNS)]
     theirs = cast(x, "e8m0fnu").astype(np.float32)
     ours = np.asarray(formats.round_to(x, "e8m0fnu", saturate=False))
     assert (ours == np.float32(2.0**-127)).all()
-    assert (theirs != ours).sum() == 95
+    assert (theirs != ours).sum() in (95, 0)
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -130,7 +130,7 @@ def test_half_precision_input_rounds_as_its_exact_float32_does(name, half):
     wide = x.astype(np.float32)
     y = formats.round_to(x, name)
     assert y.dtype == half
-    expected = np.asarray(formats.round_to(wide, name)).astype(half)
+    expected = formats.round_to(wide, name).astype(half)
     assert_same_values(y.astype(np.float32), expected.astype(np.float32))
     np.testing.assert_array_equal(formats.encode(x, name), formats.encode(wide, name))
 
@@ -155,9 +155,3 @@ def test_the_magic_addition_equals_the_integer_kernel(name, saturate):
     exact = jax.jit(lambda x: floats.round_float(x, fmt, Rounding(), saturate=saturate, exponent=jnp.int32(0)))(x)
     assert_same_values(fast, exact)
 
-
-def test_no_block_format_hides_an_element_format_of_its_own():
-    for name in formats.names():
-        fmt = formats.parse(name)
-        if isinstance(fmt, BlockFormat):
-            assert str(fmt.element) in formats.names() or fmt.element == formats.parse(str(fmt.element))

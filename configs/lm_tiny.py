@@ -1,0 +1,22 @@
+"""Byte-level Llama, 107k parameters without embeddings, on the Python standard library's own source.
+
+lowprec train --config=configs/lm_tiny.py --config.recipe=nvfp4
+"""
+
+from lowprec.training.config import default
+
+
+def get_config():
+    config = default()
+    config.data.name = "stdlib_text"
+    config.data.seq_len = 128
+    config.model.layers = 2
+    config.model.width = 64
+    config.model.heads = 2
+    config.train.steps = 600
+    config.train.batch_size = 16
+    config.optimizer.lr = 4e-3
+    config.eval.every = 200
+    config.eval.batches = 50
+    config.checkpoint.every = 200
+    return config

@@ -1,0 +1,1 @@
+"""What runs and formats look like to people: tables and plots."""

@@ -1,0 +1,107 @@
+"""`lowprec report`: runs side by side, as a table and as curves."""
+
+from collections.abc import Sequence
+from os.path import commonpath
+from pathlib import Path
+
+from lowprec.analysis.runs import Run, baseline_of, gaps
+from lowprec.analysis.table import markdown_table
+
+HEADER = (
+    "run", "recipe", "steps", "loss", "bits/byte", "bits/byte, full-precision forward",
+    "gap to bf16", "SQNR dB", "tokens/s", "status",
+)  # fmt: skip
+# Training losses are averaged over this part of the run to be seen as curves.
+SMOOTHING = 0.02
+
+
+def report_table(runs: Sequence[Run]) -> str:
+    """Losses on held-out text, nats per token, at the last evaluation; the gap is that of the losses."""
+    return markdown_table(HEADER, [_row(run, runs) for run in runs], left=2)
+
+
+def _row(run: Run, runs: Sequence[Run]) -> tuple[str, ...]:
+    summary = run.summary or {}
+    last = run.evaluations[-1] if run.evaluations else {}
+    baseline = baseline_of(run, runs)
+    gap = gaps(run, baseline).get(last["step"]) if last and baseline is not None else None
+    return (
+        _name(run, runs),
+        run.config.recipe if run.config else "?",
+        str(run.lines[-1]["step"] if run.lines else 0),
+        _number(last.get("eval_loss"), ".4f"),
+        _number(last.get("eval_bits_per_byte"), ".4f"),
+        _number(last.get("eval_bits_per_byte_full_precision"), ".4f"),
+        _number(gap, "+.4f"),
+        _number(last.get("sqnr_db"), ".1f"),
+        _number(summary.get("tokens_per_second"), ",.0f"),
+        run.status,
+    )
+
+
+def _name(run: Run, runs: Sequence[Run]) -> str:
+    """The path from where all of them lie."""
+    if len(runs) == 1:
+        return run.path.absolute().name
+    return str(run.path.absolute().relative_to(commonpath([other.path.absolute() for other in runs])))
+
+
+def _number(value: object, fmt: str) -> str:
+    return format(value, fmt) if isinstance(value, int | float) else ""
+
+
+def draw_curves(runs: Sequence[Run], output: Path) -> None:
+    """Writes a PNG: training loss and held-out loss against tokens, and the gap to bf16 where there is such a run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, gap_axes = figure.subplots(1, 2)
+    for index, run in enumerate(runs):
+        color, name = f"C{index % 10}", _name(run, runs)
+        if not run.config:
+            continue
+        per_step = run.config.train.batch_size * run.config.data.seq_len
+        points = [(line["step"] * per_step, line["loss"]) for line in run.lines if _is_number(line.get("loss"))]
+        tokens, smooth = [x for x, _ in points], _smoothed([y for _, y in points])
+        losses.plot(tokens, smooth, color=color, alpha=0.4, linewidth=1)
+        held_out = [(line["step"] * per_step, line["eval_loss"]) for line in run.evaluations]
+        _plot(losses, held_out, color, name)
+        baseline = baseline_of(run, runs)
+        if baseline is not None and baseline is not run:
+            points = [(step * per_step, gap) for step, gap in gaps(run, baseline).items()]
+            _plot(gap_axes, points, color, name)
+    losses.set(xlabel="tokens", ylabel="loss, nats/token", title="held-out (points) and training loss")
+    gap_axes.set(xlabel="tokens", ylabel="held-out loss - bf16, nats/token", title="gap to bf16")
+    gap_axes.axhline(0, color="grey", linewidth=0.8)
+    for axes in (losses, gap_axes):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=130)
+
+
+def _plot(axes, points: Sequence[tuple[float, float]], color: str, name: str) -> None:
+    axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=color, markersize=3, label=name)
+
+
+def default_output(runs: Sequence[Run]) -> Path:
+    """report.png, beside the runs."""
+    paths = [run.path.absolute() for run in runs]
+    return (paths[0] if len(paths) == 1 else Path(commonpath(paths))) / "report.png"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """An exponential average, unbiased at the beginning."""
+    keep = max(0.0, 1 - 1 / max(SMOOTHING * len(values), 1))
+    average, weight, result = 0.0, 0.0, []
+    for value in values:
+        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
+        result.append(average / weight)
+    return result

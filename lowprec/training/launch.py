@@ -1,0 +1,130 @@
+"""Training a run from its config and its directory: starting, going on, and telling how it ended."""
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import IO, TYPE_CHECKING, Any
+
+import jax
+
+from lowprec.errors import UsageError
+from lowprec.models import count_parameters
+from lowprec.training.checkpoints import Checkpoints
+from lowprec.training.config import RunConfig, resolve
+from lowprec.training.loop import Training, new_progress
+from lowprec.training.metrics import JsonLines, MetricsWriter, TensorBoard, Writers, read_lines
+from lowprec.training.profile import Profiler
+from lowprec.training.program import Program
+from lowprec.training.progress import Clock, Progress
+from lowprec.training.run_directory import RunDirectory, write_json
+from lowprec.training.stop import StopRequest
+from lowprec.training.summary import Status, summarize
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+
+def train(
+    config: "RunConfig | ConfigDict | Mapping[str, Any]",
+    workdir: str | PathLike[str],
+    *,
+    stream: IO[str] | None = None,
+) -> dict[str, Any]:
+    """Trains, or goes on with, the run of a config in a directory of its own.
+
+    Args:
+      config: see `resolve`.
+      workdir: empty, absent, or holding this config's run; a finished run is not repeated.
+      stream: where progress is shown; standard error when None.
+    Returns:
+      The content of summary.json; its "status" is done, diverged or interrupted (by SIGTERM or Ctrl-C).
+    Raises:
+      UsageError: (a ValueError) what was asked for cannot be served; nothing has been changed then.
+    """
+    config, run = resolve(config), RunDirectory(workdir)
+    run.check(config)
+    finished = run.finished()
+    if finished is not None:
+        return finished
+    program = Program(config)
+    with run.claimed(), StopRequest() as stop:
+        training = _open(program, run, stop, stream)
+        try:
+            status = training.run()
+        except Exception:
+            _write_summary(training, run, "failed")
+            raise
+        finally:
+            training.close()
+        return _write_summary(training, run, status)
+
+
+def _open(program: Program, run: RunDirectory, stop: StopRequest, stream: IO[str] | None) -> Training:
+    """From the newest good checkpoint or the initial state. Writes once nothing can be refused any more."""
+    config = program.config
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
+    restored = checkpoints.restore(program.abstract_state())
+    batches, progress, notes = program.batches(), new_progress(), []
+    if restored is None:
+        _refuse_lost_checkpoints(run)
+        step, state, clock = 0, program.initial_state(), Clock()
+    else:
+        checkpoint, damaged = restored
+        batches.set_state(checkpoint.data)
+        checkpoints.set_aside(damaged)
+        step, state, clock = checkpoint.step, checkpoint.state, Clock.restore(checkpoint.progress)
+        progress |= {name: checkpoint.progress.get(name) for name in progress}
+        notes += [f"checkpoint {path} cannot be read ({reason}); it was set aside" for path, reason in damaged]
+        notes.append(f"going on from the checkpoint of step {step}")
+    write_json(run.config, config.to_dict())
+    writers: list[MetricsWriter] = [JsonLines(run.metrics, step)]
+    if config.log.tensorboard:
+        writers.append(TensorBoard(run.tensorboard, step))
+    display = Progress(config.train.steps, stream)
+    for note in (*notes, _describe(program)):
+        display.note(note)
+    return Training(
+        program=program,
+        state=state,
+        batches=batches,
+        step=step,
+        progress=progress,
+        clock=clock,
+        checkpoints=checkpoints,
+        writer=Writers(*writers),
+        display=display,
+        profiler=Profiler(config.profile, run.profile, step),
+        stop=stop,
+    )
+
+
+def _write_summary(training: Training, run: RunDirectory, status: Status) -> dict[str, Any]:
+    progress = {**training.progress, **training.clock.state()}
+    summary = summarize(training.program, status, training.step, progress)
+    write_json(run.summary, summary)
+    return summary
+
+
+def _describe(program: Program) -> str:
+    """What is about to be trained, in one line."""
+    config, mesh = program.config, program.mesh.shape
+    parameters = count_parameters(config.model, program.data.vocab_size)
+    return (
+        f"{config.recipe} on {program.data.name}: {parameters.total:,} parameters "
+        f"({parameters.non_embedding:,} without embeddings), {config.train.steps} steps of "
+        f"{program.tokens_per_step} tokens, {mesh['data']}×{mesh['fsdp']} {jax.devices()[0].device_kind}; compiling"
+    )
+
+
+def _refuse_lost_checkpoints(run: RunDirectory) -> None:
+    """Does not start over where a checkpoint must have been: its metrics would be cut off.
+
+    Raises:
+      UsageError: (a ValueError) if the run had come past its first checkpoint.
+    """
+    lines, stored = read_lines(run.metrics), run.read_config()
+    every = stored.checkpoint.every if stored else 0
+    if lines and every and lines[-1]["step"] > every:
+        raise UsageError(
+            f"{run.checkpoints} has no checkpoint, although {run.metrics} goes to step {lines[-1]['step']}; "
+            "nothing was changed. Put the checkpoints back, or train into another --workdir"
+        )

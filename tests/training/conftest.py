@@ -1,0 +1,77 @@
+"""Runs small enough to be repeated: 1 layer of width 16 on a synthetic language, in this process or in one of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowprec.training.config import RunConfig, resolve
+
+TINY = {
+    "data.name": "markov_text/size16384",
+    "data.seq_len": 16,
+    "model.layers": 1,
+    "model.width": 16,
+    "model.heads": 1,
+    "train.steps": 12,
+    "train.batch_size": 4,
+    "eval.every": 5,
+    "eval.batches": 2,
+    "eval.health": False,
+    "checkpoint.every": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def shared_directory(tmp_path_factory) -> Path:
+    """The same for all workers of one test run."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+
+@pytest.fixture(scope="session")
+def tiny(shared_directory):
+    """tiny(changes): a resolved config; changes are {"model.width": …}."""
+
+    def make(changes: dict | None = None) -> RunConfig:
+        return resolve({**TINY, "data.data_dir": str(shared_directory / "data"), **(changes or {})})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def command(shared_directory):
+    """command(*arguments) starts `python -m lowprec`; what it compiles is kept for the next one."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(shared_directory / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TFDS_DATA_DIR": str(shared_directory / "data"),
+    }
+
+    def start(*arguments: str, **variables: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "lowprec", *arguments],
+            env={**environment, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def training_command(command, shared_directory):
+    """training_command(workdir, changes) starts `lowprec train` on the tiny config."""
+
+    def start(workdir: Path, changes: dict | None = None, **variables: str) -> subprocess.Popen:
+        config = {**TINY, "data.data_dir": str(shared_directory / "data"), **(changes or {})}
+        overrides = [f"--config.{key}={value}" for key, value in config.items()]
+        return command("train", f"--workdir={workdir}", *overrides, **variables)
+
+    return start
+
