@@ -60,6 +60,7 @@ ELEMENTS: dict[str, ElementFormat] = {
     "e5m2_ieee": FloatFormat(5, 2),
     "e8m0": E8M0,
     # The types of ml_dtypes and jax whose names do not say the family.
+    "float8_e5m2": FloatFormat(5, 2),
     "float8_e4m3": FloatFormat(4, 3),
     "float8_e3m4": FloatFormat(3, 4),
 }
