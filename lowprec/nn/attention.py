@@ -2,9 +2,10 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from lowprec.typing import Array, Float
+from jax.typing import DTypeLike
 
 from lowprec.nn.rotary import rotary
+from lowprec.typing import Array, Float
 
 
 class CausalSelfAttention(nn.Module):
@@ -21,7 +22,7 @@ class CausalSelfAttention(nn.Module):
     kv_heads: int
     init_std: float = 0.02
     rotary_base: float = 10_000.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

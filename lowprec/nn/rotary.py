@@ -5,6 +5,7 @@ inexact and q·k stops being a function of the distance (arXiv 2411.13476).
 """
 
 import jax.numpy as jnp
+
 from lowprec.typing import Array, Float, Int
 
 

@@ -4,7 +4,7 @@ Every scale is computed in float32 and rounded to the scale format of the block 
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +19,7 @@ from lowprec.formats.types import BlockFormat
 from lowprec.typing import Array, Float
 
 
+@runtime_checkable
 class ScaleRule(Protocol):
     def __call__(self, blocks: Float[Array, "..."], layout: BlockLayout, fmt: BlockFormat) -> Scale: ...
 

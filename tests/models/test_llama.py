@@ -35,7 +35,14 @@ def test_parameters_counted_from_the_config_are_those_of_the_model(size):
 
 @pytest.mark.parametrize(
     ("size", "published"),
-    [("30M", 30_482_560), ("50M", 49_556_736), ("100M", 102_777_856), ("200M", 203_188_480), ("430M", 443_068_288), ("800M", 822_151_168)],
+    [
+        ("30M", 30_482_560),
+        ("50M", 49_556_736),
+        ("100M", 102_777_856),
+        ("200M", 203_188_480),
+        ("430M", 443_068_288),
+        ("800M", 822_151_168),
+    ],
 )
 def test_the_ladder_has_the_published_numbers_of_parameters(size, published):
     """QuEST's runs, arXiv 2502.05003."""
@@ -128,15 +135,21 @@ def test_noise_does_not_depend_on_how_layers_are_grouped():
     outputs = []
     for rules in ({"head": KEEP, ".*": rounded}, {"head": KEEP, "layers/1/.*": other, ".*": rounded}):
         model = linen.quantize(models.build(SMALL, 64), recipes.Recipe("r", rules))
-        outputs.append(jax.jit(lambda p, model=model: model.apply({"params": p}, TOKENS, rngs={"quant": jax.random.key(2)}))(params))
+        outputs.append(
+            jax.jit(lambda p, model=model: model.apply({"params": p}, TOKENS, rngs={"quant": jax.random.key(2)}))(
+                params
+            )
+        )
     np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
 
 
 def test_rotary_scores_depend_on_the_distance_alone_at_any_position_and_dtype():
     q, k = (jax.random.normal(jax.random.key(i), (1, 4, 2, 64)) for i in (0, 1))
+
     def scores(shift):
         positions = jnp.arange(4) + shift
         return jnp.einsum("bthd,bshd->bhts", rotary(q, positions), rotary(k, positions)) / 8
+
     np.testing.assert_allclose(scores(0), scores(4096), rtol=0, atol=2e-3)
     np.testing.assert_allclose(scores(0), scores(64), rtol=0, atol=2e-5)
     assert rotary(q.astype(jnp.bfloat16), jnp.arange(4)).dtype == jnp.bfloat16
