@@ -13,7 +13,7 @@ def get_config():
     config.model.layers = 2
     config.model.width = 64
     config.model.heads = 2
-    config.train.steps = 600
+    config.train.steps = 800
     config.train.batch_size = 16
     config.optimizer.lr = 4e-3
     config.eval.every = 200

@@ -118,12 +118,13 @@ def round_float(
 
 
 def _magic_addition_is_exact(fmt):
-    # (a + C) - C rounds to the quantum that C = 2^(e + 23 - M) leaves; C must be finite and the quantum far
-    # enough above float32's subnormals for flushing to zero not to matter.
+    # (a + C) - C rounds to the quantum that C = 2^(e + 23 - M) leaves, as long as a < C; C must be finite and the
+    # quantum far enough above float32's subnormals for flushing to zero not to matter.
     return (
         fmt.has_zero
         and fmt.subnormals
         and fmt.signed
+        and fmt.mantissa_bits < 23
         and fmt.max_exponent + 24 - fmt.mantissa_bits <= 127
         and fmt.min_exponent - fmt.mantissa_bits >= -124
         and fmt.min_exponent + 23 - fmt.mantissa_bits <= 127

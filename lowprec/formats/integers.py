@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from lowprec.formats.bits import MAGNITUDE, SIGN, from_bits, scaled_pattern, to_bits
+from lowprec.formats.bits import EXPONENT, MAGNITUDE, SIGN, from_bits, scaled_pattern, to_bits
 from lowprec.formats.floats import round_magnitude
 from lowprec.formats.rounding import Rounding
 from lowprec.formats.tables import round_table
@@ -30,7 +30,7 @@ def round_int(
         return _round_midrise(x, fmt, rounding, random)
     if rounding.kind == "nearest_even" and exponent is None:
         y = jnp.clip(jnp.round(x * (1 / fmt.step)), fmt.min / fmt.step, fmt.max / fmt.step) * fmt.step
-        return y + 0.0  # integers have no negative zero
+        return jnp.where(y == 0, 0.0, y)  # integers have no negative zero, and XLA drops y + 0.0
     u = to_bits(x)
     negative = u >= SIGN
     scaled = lambda bound: scaled_pattern(bound, 0 if exponent is None else exponent)
@@ -47,7 +47,7 @@ def round_int(
     )
     y = cell.pattern()
     y = from_bits(y | jnp.where(y == 0, np.uint32(0), u & SIGN))
-    return jnp.where(jnp.isnan(x), x, y)
+    return jnp.where((u & MAGNITUDE) > EXPONENT, x, y)
 
 
 def _round_midrise(x, fmt, rounding, random):

@@ -82,7 +82,7 @@ def scale_from_amax(
     element: ElementFormat,
     spec: ScaleSpec,
     headroom: float = 1.0,
-    limit: float | None = None,
+    limit: float | np.float32 | None = None,
 ) -> Scale:
     """The scale that maps amax to the largest element value.
 
@@ -108,7 +108,7 @@ def scale_from_amax(
     return store_scale(divide(wanted, tensor), spec, largest)._replace(tensor=tensor)
 
 
-def store_scale(wanted: Float[Array, "..."], spec: ScaleSpec, limit: float | None = None) -> Scale:
+def store_scale(wanted: Float[Array, "..."], spec: ScaleSpec, limit: float | np.float32 | None = None) -> Scale:
     """A wanted scale, rounded to the scale's format; zero becomes 1 (any scale serves a block of zeros), infinity NaN.
 
     Powers of two: floor, ceil, nearest (in log2) … of the wanted scale itself, whatever the element.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lowprec.formats.bits import EXPONENT, MAGNITUDE, to_bits
 from lowprec.formats.rounding import Rounding
 from lowprec.formats.types import TableFormat
 from lowprec.typing import Array, Bool, Float, Int, UInt32
@@ -18,7 +19,9 @@ def round_table(
     x: Float[Array, "..."], fmt: TableFormat, rounding: Rounding, random: UInt32[Array, "..."] | None = None
 ) -> Float[Array, "..."]:
     """x rounded to the table, as float32; saturates; NaN stays NaN. Ties to even mean an even code."""
-    return jnp.where(jnp.isnan(x), x, decode_table(_nearest_code(x, fmt, rounding, random), fmt))
+    # isnan(x) would let LLVM turn the comparisons below into float ones, which see no subnormals.
+    is_nan = (to_bits(x) & MAGNITUDE) > EXPONENT
+    return jnp.where(is_nan, x, decode_table(_nearest_code(x, fmt, rounding, random), fmt))
 
 
 def encode_table(y: Float[Array, "..."], fmt: TableFormat) -> UInt32[Array, "..."]:

@@ -81,18 +81,27 @@ class FourOverSix:
 
 @dataclass(frozen=True)
 class RootMeanSquare:
-    """The largest element stands at `clip` root mean squares of the block (QuEST, arXiv 2502.05003)."""
+    """The largest element stands at `clip` root mean squares of the block (QuEST, arXiv 2502.05003).
+
+    Args:
+      clip: in root mean squares.
+      offset: added to where the largest element stands, so that a block of zeros has a scale.
+      centered: take the standard deviation of the block instead (Quartet, arXiv 2505.14669).
+    """
 
     clip: float
     offset: float = 1e-8
+    centered: bool = False
 
     def __call__(self, blocks, layout, fmt):
+        if self.centered:
+            blocks = blocks - jnp.mean(blocks, axis=layout.members, keepdims=True)
         mean_square = jnp.mean(blocks * blocks, axis=layout.members, keepdims=True)
         top = np.float32(self.clip) * jnp.sqrt(mean_square) + np.float32(self.offset)
         return store_scale(divide(top, np.float32(fmt.element.max)), fmt.scale)
 
     def __str__(self):
-        return f"{self.clip:.5g} · rms"
+        return f"{self.clip:.5g} · {'deviation' if self.centered else 'rms'}"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Checkpoints through Orbax: state, position in the data and progress, complete or not there at all.
 
 checkpoints/<step>/ appears under its name only when it is whole (Orbax writes beside it and renames). What a disk or
-a hand spoilt later is found by the state's sha256, and the checkpoint before it is taken instead.
+a hand spoilt later is found by the sums of its files and of the state, and the checkpoint before it is taken instead.
 """
 
 import contextlib
@@ -17,9 +17,13 @@ import jax
 import numpy as np
 
 from lowprec.errors import UsageError
+from lowprec.training.run_directory import read_json, write_json
 from lowprec.training.state import TrainState
 
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
+# Path -> sha256 of each other file of a checkpoint. Orbax, too, finds most damage, but then prints tracebacks from its
+# threads.
+_SUMS = "sha256.json"
 
 
 class Checkpoint(NamedTuple):
@@ -79,6 +83,8 @@ class Checkpoints:
         )
         with self._manager() as manager:
             manager.save(step, args=arguments, force=True)
+        path = self.directory / str(step)
+        write_json(path / _SUMS, _file_sums(path))
         for left_over in self.directory.glob(_TEMPORARY):
             shutil.rmtree(left_over, ignore_errors=True)
         return progress["state_sha256"]
@@ -120,6 +126,7 @@ class Checkpoints:
     def _read(self, step: int, abstract: TrainState) -> Checkpoint:
         import orbax.checkpoint as ocp
 
+        _verify_files(self.directory / str(step))
         arguments = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore(), progress=ocp.args.JsonRestore()
         )
@@ -152,6 +159,29 @@ class Checkpoints:
                 yield manager
         finally:
             logger.setLevel(level)
+
+
+def _file_sums(checkpoint: Path) -> dict[str, str]:
+    """Of all files but the list itself."""
+    sums = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != _SUMS:
+            with path.open("rb") as file:
+                sums[str(path.relative_to(checkpoint))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def _verify_files(checkpoint: Path) -> None:
+    """Raises ValueError if a file is not as it was saved. A kill right after the save may have left no list."""
+    expected = read_json(checkpoint / _SUMS)
+    if expected is None:
+        return
+    found = _file_sums(checkpoint)
+    for name, digest in expected.items():
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+        if found[name] != digest:
+            raise ValueError(f"{name} is not as it was saved (sha256)")
 
 
 def _first_line(error: BaseException) -> str:

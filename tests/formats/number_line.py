@@ -21,9 +21,7 @@ def float_code(fmt: FloatFormat, code: int) -> float:
     top = 2 ** (e_bits + m_bits) - 1
     if fmt.nan == "ieee" and exponent == 2**e_bits - 1:
         special = np.inf if fraction == 0 and fmt.has_inf else np.nan
-    elif fmt.nan == "fn" and magnitude == top:
-        special = np.nan
-    elif fmt.nan == "fnuz" and negative and magnitude == 0:
+    elif (fmt.nan == "fn" and magnitude == top) or (fmt.nan == "fnuz" and negative and magnitude == 0):
         special = np.nan
     elif fmt.has_inf and fmt.nan != "ieee" and magnitude == top - (fmt.nan == "fn"):
         special = np.inf

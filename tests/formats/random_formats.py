@@ -59,7 +59,7 @@ def block_formats(draw):
 
 
 def inputs(fmt, seed: int, size: int = 512) -> np.ndarray:
-    """Finite float32 numbers from far below the smallest value of a format to beyond its largest, many near its values."""
+    """Finite float32 numbers from far below the smallest value of a format to beyond the largest, many near values."""
     random = np.random.default_rng(seed)
     low = np.log2(fmt.min_subnormal)
     high = np.log2(fmt.max) + 1

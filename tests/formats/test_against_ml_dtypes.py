@@ -1,4 +1,4 @@
-"""Every bit of ml_dtypes' and numpy's casts: all float16 and bfloat16 patterns, and the float32 next to each of them."""
+"""Every bit of ml_dtypes' and numpy's casts: all float16 and bfloat16 patterns, and the float32 next to each."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ def patterns() -> np.ndarray:
     """All float16 and bfloat16 values with their float32 neighbours on both sides: 393 216 inputs."""
     codes = np.arange(1 << 16, dtype=np.uint16)
     with np.errstate(invalid="ignore"):
-        x = np.concatenate([codes.view(np.float16).astype(np.float32), (codes.astype(np.uint32) << 16).view(np.float32)])
+        x = np.concatenate(
+            [codes.view(np.float16).astype(np.float32), (codes.astype(np.uint32) << 16).view(np.float32)]
+        )
         return np.concatenate([x, *(np.nextafter(x, np.float32(side)) for side in (-np.inf, np.inf))])
 
 
@@ -51,7 +53,7 @@ def comparable(name, x):
 
 
 def wrongly_rounded_by_ml_dtypes(x):
-    """Where some inputs, all of them float32 subnormals, get the power of two that is not the nearest (ml_dtypes 0.6)."""
+    """Where ml_dtypes 0.6 gives some inputs, float32 subnormals all, a power of two that is not the nearest."""
     return (x > 2.0**-127) & (x < 1.5 * 2.0**-127)
 
 
@@ -154,4 +156,3 @@ def test_the_magic_addition_equals_the_integer_kernel(name, saturate):
     # An exponent of a scale, here 1, takes the integer kernel.
     exact = jax.jit(lambda x: floats.round_float(x, fmt, Rounding(), saturate=saturate, exponent=jnp.int32(0)))(x)
     assert_same_values(fast, exact)
-

@@ -70,7 +70,12 @@ def test_the_larger_input_has_the_larger_result(fmt, mode, seed):
 
 
 @checked
-@given(element_formats(), SEEDS, st.integers(0, 2**32 - 1), st.sampled_from(["stochastic", "stochastic[4]", "stochastic[2A]"]))
+@given(
+    element_formats(),
+    SEEDS,
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["stochastic", "stochastic[4]", "stochastic[2A]"]),
+)
 def test_the_larger_input_has_the_larger_result_for_one_random_word(fmt, seed, word, mode):
     x = np.sort(inputs(fmt, seed) + np.float32(0))
     rounding = formats.parse_rounding(mode)
@@ -96,7 +101,9 @@ def test_the_opposite_input_has_the_opposite_result(fmt, mode, seed, saturate):
 @given(element_formats(), SEEDS)
 def test_down_and_up_bracket_the_input_and_every_mode_gives_one_of_them(fmt, seed):
     x = inputs(fmt, seed)
-    results = {mode: rounded(x, fmt, mode).astype(np.float64) for mode in (*DETERMINISTIC, "stochastic", "stochastic_equal")}
+    results = {
+        mode: rounded(x, fmt, mode).astype(np.float64) for mode in (*DETERMINISTIC, "stochastic", "stochastic_equal")
+    }
     inside = (x >= fmt.min) & (x <= (fmt.values[-1] if isinstance(fmt, TableFormat) else fmt.max))
     if isinstance(fmt, FloatFormat) and not fmt.has_zero:  # what lies nearer to zero goes to the smallest magnitude
         inside &= np.abs(x) >= fmt.min_normal

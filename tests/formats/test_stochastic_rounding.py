@@ -29,7 +29,9 @@ def inputs(name, grid_bits=None):
     line = NumberLine(fmt)
     values = line.finite
     index = random.integers(0, len(values) - 1, PER_NAME // 2)
-    part = random.random(index.size) if grid_bits is None else random.integers(0, 2**grid_bits, index.size) / 2**grid_bits
+    part = (
+        random.random(index.size) if grid_bits is None else random.integers(0, 2**grid_bits, index.size) / 2**grid_bits
+    )
     between = values[index] + (values[index + 1] - values[index]) * part
     below = fmt.min_subnormal * np.exp2(-40 * random.random(PER_NAME // 4)) * random.choice([-1, 1], PER_NAME // 4)
     if isinstance(fmt, TableFormat):  # whose δ is a float32 quotient, not exact near zero
@@ -51,7 +53,7 @@ def away(name, rounding, x, near, words):
     return np.asarray(y) != np.float32(near)
 
 
-@pytest.mark.parametrize("name", FLOATS + ["int4", "int8", "uint8"])
+@pytest.mark.parametrize("name", [*FLOATS, "int4", "int8", "uint8"])
 def test_of_all_2_to_the_32_random_words_exactly_delta_move_the_value(name):
     x, near, _, delta = inputs(name)
     moving = np.floor(delta * 2.0**31) * 2  # words; δ is kept to 31 bits
@@ -74,7 +76,7 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("variant", FORMULAS)
-@pytest.mark.parametrize("name", FLOATS + ["int4", "int8", "uint8", "ternary", "binary"])
+@pytest.mark.parametrize("name", [*FLOATS, "int4", "int8", "uint8", "ternary", "binary"])
 def test_few_random_bits_move_the_value_as_often_as_the_formula_says(name, variant):
     for grid_bits in (None, 9):  # any δ, and those with ties in the rounding of δ itself
         x, near, _, delta = inputs(name, grid_bits)
@@ -87,7 +89,7 @@ def test_few_random_bits_move_the_value_as_often_as_the_formula_says(name, varia
 
 @pytest.mark.parametrize("name", NAMES)
 def test_equal_odds_for_both_neighbours_and_exact_values_stay(name):
-    x, near, far, delta = inputs(name)
+    x, near, _, delta = inputs(name)
     rounding = Rounding("stochastic_equal")
     zeros, ones = (away(name, rounding, x, near, np.full(x.shape, word)) for word in (0, 0xFFFFFFFF))
     inexact = delta > 0
@@ -97,7 +99,9 @@ def test_equal_odds_for_both_neighbours_and_exact_values_stay(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("rounding", ["stochastic", "stochastic[1A]", "stochastic[4B]", "stochastic[8]", "stochastic_equal"])
+@pytest.mark.parametrize(
+    "rounding", ["stochastic", "stochastic[1A]", "stochastic[4B]", "stochastic[8]", "stochastic_equal"]
+)
 def test_values_of_the_format_never_move_and_results_stay_in_it(name, rounding):
     finite = NumberLine(formats.parse(name)).finite
     values = np.resize(finite, max(finite.size, 256)).astype(np.float32)

@@ -10,7 +10,12 @@ from lowprec import formats, recipes
 from lowprec.ops import qdot
 from lowprec.quantizers import quantize
 
-LAYOUTS = [PartitionSpec("data"), PartitionSpec(None, "data"), PartitionSpec("data", "fsdp"), PartitionSpec(("data", "fsdp"))]
+LAYOUTS = [
+    PartitionSpec("data"),
+    PartitionSpec(None, "data"),
+    PartitionSpec("data", "fsdp"),
+    PartitionSpec(("data", "fsdp")),
+]
 
 
 def mesh():
@@ -50,6 +55,8 @@ def test_products_and_gradients_agree_and_their_noise_is_identical(name):
         return y, *vjp(dy)
 
     expected = run(x, w, dy)
-    sharded = run(placed(x, PartitionSpec("data")), placed(w, PartitionSpec(None, "fsdp")), placed(dy, PartitionSpec("data")))
+    sharded = run(
+        placed(x, PartitionSpec("data")), placed(w, PartitionSpec(None, "fsdp")), placed(dy, PartitionSpec("data"))
+    )
     for ours, single in zip(sharded, expected, strict=True):
         assert float(jnp.max(jnp.abs(ours - single))) <= 1e-5 * float(jnp.max(jnp.abs(single)))

@@ -1,5 +1,6 @@
-"""Runs small enough to be repeated: 1 layer of width 16 on a synthetic language, in this process or in one of their own."""
+"""Runs small enough to be repeated: 1 layer of width 16 on a synthetic language, in this process or in others."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from lowprec.training.config import RunConfig, resolve
+from lowprec.training.program import Program
+from lowprec.training.state import TrainState
 
 TINY = {
     "data.name": "markov_text/size16384",
@@ -37,6 +40,18 @@ def tiny(shared_directory):
 
     def make(changes: dict | None = None) -> RunConfig:
         return resolve({**TINY, "data.data_dir": str(shared_directory / "data"), **(changes or {})})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def program_of(tiny):
+    """program_of(recipe): its Program and initial state, made once."""
+
+    @functools.cache
+    def make(recipe: str) -> tuple[Program, TrainState]:
+        program = Program(tiny({"recipe": recipe}))
+        return program, program.initial_state()
 
     return make
 
@@ -74,4 +89,3 @@ def training_command(command, shared_directory):
         return command("train", f"--workdir={workdir}", *overrides, **variables)
 
     return start
-

@@ -8,17 +8,21 @@ import time
 
 import pytest
 
+from lowprec.errors import UsageError
+from lowprec.training import train
 from lowprec.training.metrics import TIMINGS, read_lines
 
-# Long enough to be hit in the middle; every operand rounds at random in the second.
+# Long enough to be hit in the middle.
 STEPS = {"train.steps": 120, "checkpoint.every": 7, "eval.every": 25, "checkpoint.keep": 3}
-RECIPES = ("quartet2", "fwd=int4@row(stochastic) dgrad=int8@row(stochastic) wgrad=int8@row(stochastic)")
+# Noise of every kind: both roundings and the signs of a rotation.
+NOISY = "fwd=int4@row(stochastic) dgrad=int8@row(stochastic hadamard16.random) wgrad=int8@row(stochastic)"
 TIMEOUT = 240
 
 
 def without_timings(workdir):
     return [
-        {key: value for key, value in line.items() if key not in TIMINGS} for line in read_lines(workdir / "metrics.jsonl")
+        {key: value for key, value in line.items() if key not in TIMINGS}
+        for line in read_lines(workdir / "metrics.jsonl")
     ]
 
 
@@ -52,70 +56,57 @@ def assert_same_run(workdir, reference):
         assert result[key] == expected[key], key
 
 
-@pytest.fixture(scope="module", params=RECIPES, ids=["quartet2", "stochastic_everywhere"])
-def reference(request, training_command, tmp_path_factory):
+@pytest.fixture(scope="module")
+def reference(training_command, tmp_path_factory):
     """(changes, directory) of a run never stopped."""
-    changes, workdir = {**STEPS, "recipe": request.param}, tmp_path_factory.mktemp("reference") / "run"
+    changes, workdir = {**STEPS, "recipe": NOISY}, tmp_path_factory.mktemp("reference") / "run"
     finish(training_command(workdir, changes))
     return changes, workdir
 
 
+def interrupt_at(step, number, training_command, workdir, changes):
+    """Trains until a line of that step is there, sends the signal, and waits for the end."""
+    process = training_command(workdir, changes)
+    wait_for_step(process, workdir, step)
+    process.send_signal(number)
+    return finish(process, -signal.SIGKILL if number == signal.SIGKILL else 0)
+
+
+def kill_twice_and_finish(training_command, workdir, changes):
+    steps = sorted(random.sample(range(1, 110), 2))
+    for step in steps:
+        interrupt_at(step, signal.SIGKILL, training_command, workdir, changes)
+        assert not (workdir / "summary.json").exists(), f"killed at {steps}: it had ended before"
+    finish(training_command(workdir, changes))
+
+
 def test_killed_twice_at_random_steps(reference, training_command, tmp_path):
     changes, expected = reference
-    first, second = sorted(random.sample(range(1, 110), 2))
-    for step in (first, second):
-        process = training_command(tmp_path / "run", changes)
-        wait_for_step(process, tmp_path / "run", step)
-        process.send_signal(signal.SIGKILL)
-        finish(process, -signal.SIGKILL)
-        assert not (tmp_path / "run" / "summary.json").exists(), f"killed at {first}, {second}: ended before the signal"
-    finish(training_command(tmp_path / "run", changes))
+    kill_twice_and_finish(training_command, tmp_path / "run", changes)
     assert_same_run(tmp_path / "run", expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_saves_and_ends_cleanly(reference, training_command, tmp_path, number):
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["bf16", "nvfp4", "quartet2"])
+def test_killed_twice_at_random_steps_by_recipe(recipe, training_command, tmp_path):
+    changes = {**STEPS, "recipe": recipe, "eval.health": True}
+    finish(training_command(tmp_path / "expected", changes))
+    kill_twice_and_finish(training_command, tmp_path / "run", changes)
+    assert_same_run(tmp_path / "run", tmp_path / "expected")
+
+
+def test_signals_save_and_end_cleanly(reference, training_command, tmp_path):
     changes, expected = reference
     workdir = tmp_path / "run"
-    process = training_command(workdir, changes)
-    wait_for_step(process, workdir, 30)
-    process.send_signal(number)
-    output, errors = finish(process)
-    stopped = summary(workdir)
-    assert stopped["status"] == "interrupted" and "interrupted" in output
-    assert f"stopped after step {stopped['step']}" in errors
-    assert (workdir / "checkpoints" / str(stopped["step"])).is_dir()
-    assert read_lines(workdir / "metrics.jsonl")[-1]["step"] == stopped["step"] < 120
+    for step, number in ((30, signal.SIGTERM), (75, signal.SIGINT)):
+        output, errors = interrupt_at(step, number, training_command, workdir, changes)
+        stopped = summary(workdir)
+        assert stopped["status"] == "interrupted" and output.startswith("interrupted:")
+        assert f"{number.name}: stopped after step {stopped['step']}" in errors and "Traceback" not in errors
+        assert (workdir / "checkpoints" / str(stopped["step"])).is_dir()
+        assert step <= read_lines(workdir / "metrics.jsonl")[-1]["step"] == stopped["step"] < 120
     finish(training_command(workdir, changes))
     assert_same_run(workdir, expected)
-
-
-def damage_truncate(checkpoint):
-    """As a disk that filled up, or a copy that broke off."""
-    for path in checkpoint.rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def damage_flip(checkpoint):
-    """As a bad sector: the largest file of the state has other bits in its middle."""
-    path = max((p for p in (checkpoint / "state" / "d").iterdir()), key=lambda p: p.stat().st_size)
-    content = bytearray(path.read_bytes())
-    for offset in range(len(content) // 2, len(content) // 2 + 64):
-        content[offset] ^= 0xFF
-    path.write_bytes(bytes(content))
-
-
-def damage_remove_item(checkpoint):
-    shutil.rmtree(checkpoint / "data")
-
-
-def damage_empty(checkpoint):
-    shutil.rmtree(checkpoint)
-    checkpoint.mkdir()
-
-
-DAMAGES = (damage_truncate, damage_flip, damage_remove_item, damage_empty)
 
 
 def unfinished_copy(reference, tmp_path):
@@ -128,12 +119,19 @@ def unfinished_copy(reference, tmp_path):
     return workdir, steps
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__.removeprefix("damage_"))
-def test_a_damaged_newest_checkpoint_is_passed_over(reference, training_command, tmp_path, damage):
+def truncate_files(checkpoint):
+    """As a disk that filled up, or a copy that broke off."""
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_damaged_newest_checkpoints_are_passed_over(reference, training_command, tmp_path):
+    """What makes one unreadable is varied in test_checkpoints.py."""
     changes, expected = reference
     workdir, steps = unfinished_copy(expected, tmp_path)
     for step in steps[1:]:
-        damage(workdir / "checkpoints" / str(step))
+        truncate_files(workdir / "checkpoints" / str(step))
     _, errors = finish(training_command(workdir, changes))
     assert "going on from the checkpoint of step 112" in errors
     for step in steps[1:]:
@@ -146,24 +144,24 @@ def contents(directory):
     return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_without_a_good_checkpoint_nothing_is_changed(reference, training_command, tmp_path):
+def test_without_a_good_checkpoint_nothing_is_changed(reference, tiny, tmp_path):
     changes, expected = reference
     workdir, steps = unfinished_copy(expected, tmp_path)
     for step in steps:
-        damage_truncate(workdir / "checkpoints" / str(step))
+        truncate_files(workdir / "checkpoints" / str(step))
     before = contents(workdir)
-    _, errors = finish(training_command(workdir, changes), 2)
-    assert f"no checkpoint in {workdir / 'checkpoints'} can be read" in errors and "Traceback" not in errors
+    with pytest.raises(UsageError, match=r"no checkpoint in .*checkpoints can be read; nothing was changed"):
+        train(tiny(changes), workdir)
     assert contents(workdir) == before
 
 
-def test_lost_checkpoints_do_not_cost_the_metrics(reference, training_command, tmp_path):
+def test_lost_checkpoints_do_not_cost_the_metrics(reference, tiny, tmp_path):
     changes, expected = reference
     workdir, _ = unfinished_copy(expected, tmp_path)
     shutil.rmtree(workdir / "checkpoints")
     before = contents(workdir)
-    _, errors = finish(training_command(workdir, changes), 2)
-    assert "has no checkpoint, although" in errors and "Traceback" not in errors
+    with pytest.raises(UsageError, match=r"has no checkpoint, although .*metrics.jsonl goes to step 120"):
+        train(tiny(changes), workdir)
     assert contents(workdir) == before
 
 
@@ -182,20 +180,30 @@ def test_half_a_save_and_half_a_line_are_cleared_away(reference, training_comman
     assert sorted(path.name for path in checkpoints.iterdir()) == ["112", "119", "120"]
 
 
-def test_a_finished_run_is_not_repeated(reference, training_command):
+def test_a_finished_run_is_not_repeated(reference, tiny):
     changes, expected = reference
     before = contents(expected)
-    output, _ = finish(training_command(expected, changes))
-    assert output.startswith("done before:")
+    assert train(tiny(changes), expected) == summary(expected)
     assert contents(expected) == before
 
 
-def test_another_configs_directory_is_refused(reference, training_command):
+def test_another_configs_directory_is_refused(reference, tiny):
     changes, expected = reference
     before = contents(expected)
-    other = {**changes, "optimizer.lr": 0.001, "seed": 5, "log.every": 10}
-    _, errors = finish(training_command(expected, other), 2)
-    assert "optimizer.lr: 0.004 there, 0.001 asked for" in errors
-    assert "seed: 0 there, 5 asked for" in errors
-    assert "log.every" not in errors and "Traceback" not in errors
+    with pytest.raises(UsageError) as refusal:
+        train(tiny({**changes, "optimizer.lr": 0.001, "seed": 5, "log.every": 10}), expected)
+    text = str(refusal.value)
+    assert "optimizer.lr: 0.004 there, 0.001 asked for" in text and "seed: 0 there, 5 asked for" in text
+    assert "log.every" not in text
     assert contents(expected) == before
+
+
+def test_a_config_that_only_records_differently_goes_on(reference, training_command, tmp_path):
+    """More checkpoints, fewer lines, another place of the data: the same computation."""
+    changes, expected = reference
+    workdir, _ = unfinished_copy(expected, tmp_path)
+    shutil.rmtree(workdir / "checkpoints" / "120")
+    output, _ = finish(training_command(workdir, {**changes, "log.every": 1, "checkpoint.keep": 1}))
+    assert output.startswith("done:")
+    assert_same_run(workdir, expected)
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["120"]
