@@ -1,9 +1,9 @@
 """lowprec: low-precision training research in JAX.
 
-    import lowprec
-    q = lowprec.quantize(x, "nvfp4")                        # packed codes and scales
-    y = lowprec.fake_quant(x, "e4m3fn@row")                 # values on the grid, straight-through gradient
-    model = lowprec.nn.linen.quantize(model, "quartet2")    # any Flax Linen model under a recipe
+import lowprec
+q = lowprec.quantize(x, "nvfp4")                        # packed codes and scales
+y = lowprec.fake_quant(x, "e4m3fn@row")                 # values on the grid, straight-through gradient
+model = lowprec.nn.linen.quantize(model, "quartet2")    # any Flax Linen model under a recipe
 """
 
 import importlib
@@ -30,7 +30,7 @@ _NAMES = {
     "quantize": "quantizers",
 }
 
-__all__ = ["__version__", *_NAMES, *_ROOMS]  # noqa: PLE0604 (names, resolved below)
+__all__ = ["__version__", *_NAMES, *_ROOMS]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,8 @@ import lowprec
 ROOT = Path(lowprec.__file__).parent
 # A room may import the rooms before it.
 ROOMS = (
-    "errors typing formats quantizers pallas ops optim recipes nn models data training scaling sweeps analysis cli".split()
+    *("errors", "typing", "formats", "quantizers", "pallas", "ops", "optim", "recipes", "nn", "models"),
+    *("data", "training", "scaling", "sweeps", "analysis", "cli"),
 )
 CORE = ("formats", "quantizers", "pallas", "ops", "optim", "recipes", "nn")
 CORE_LIBRARIES = {"jax", "flax", "optax", "numpy"}

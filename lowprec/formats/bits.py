@@ -24,7 +24,7 @@ def from_bits(u: UInt32[Array, "..."]) -> Float[Array, "..."]:
     return lax.bitcast_convert_type(u, jnp.float32)
 
 
-def pattern(value: float) -> np.uint32:
+def pattern(value: float | np.float32) -> np.uint32:
     """The bits of a Python number that float32 holds exactly."""
     return np.float32(value).view(np.uint32)
 
@@ -42,11 +42,11 @@ def power_of_two(exponent: Int[Array, "..."]) -> Float[Array, "..."]:
     return from_bits(jnp.where(exponent >= -126, normal, subnormal).astype(jnp.uint32))
 
 
-def scaled_pattern(value: float, exponent: Int[Array, "..."]) -> UInt32[Array, "..."]:
+def scaled_pattern(value: float, exponent: Int[Array, "..."] | int) -> UInt32[Array, "..."]:
     """The bits of value · 2^exponent for a positive constant; truncated where the result is subnormal."""
     bits = int(pattern(value))
-    field, significand = (bits >> 23), (bits & 0x7FFFFF) | 0x800000
-    field = exponent + field
+    significand = (bits & 0x7FFFFF) | 0x800000
+    field = exponent + (bits >> 23)
     normal = (field << 23) + (significand - 0x800000)
     subnormal = significand >> jnp.clip(1 - field, 0, 31)
     finite = jnp.where(field >= 1, normal, subnormal).astype(jnp.uint32)

@@ -97,7 +97,7 @@ def round_float(
     u = to_bits(x)
     a, negative = u & MAGNITUDE, (u & SIGN) != 0
     limit = pattern(fmt.max) if exponent is None else scaled_pattern(fmt.max, exponent)
-    bounded = jnp.minimum(a, limit if saturate else pattern(np.finfo(np.float32).max))
+    bounded = jnp.minimum(a, limit if saturate else pattern(float(np.finfo(np.float32).max)))
     if not fmt.has_zero:
         bounded = jnp.maximum(
             bounded, pattern(fmt.min_normal) if exponent is None else scaled_pattern(fmt.min_normal, exponent)

@@ -59,7 +59,7 @@ def parse(name: str | Format) -> Format:
     if not at:
         return parse_element(name)
     if element in catalog.BLOCKS:
-        raise UsageError(f"format {name!r}: {element} has blocks and scales already ({block_name(parse(element))})")
+        raise UsageError(f"format {name!r}: {element} has blocks and scales already ({parse(element)})")
     block, slash, scale = rest.partition("/")
     try:
         return BlockFormat(parse_element(element), _parse_block(block), parse_scale(scale if slash else "f32"))
@@ -120,7 +120,8 @@ def _build_float(match):
 
 
 def _build_by_fields(e, m, match):
-    family, said = match["family"], {}
+    family = match["family"]
+    said: dict[str, object] = {}
     for flag in filter(None, match["flags"].split("_")):
         if flag not in _FLAGS:
             raise unknown("flag of a float format", flag, _FLAGS)

@@ -44,7 +44,8 @@ def _flat_index(shape, limit=1 << 32):
 
 
 def _index(shape, axes):
-    index, stride = np.uint32(0), 1
+    index: Array | np.uint32 = np.uint32(0)
+    stride = 1
     for axis in reversed(axes):
         index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
         stride *= shape[axis]

@@ -117,7 +117,7 @@ def store_scale(wanted: Float[Array, "..."], spec: ScaleSpec, limit: float | np.
     if spec.power_of_two:
         return _power_of_two_scale(jnp.where(bits == 0, 0, power_of_two_rule(wanted, None, spec.rule)), wanted)
     # Narrow scales stay at or above the smallest normal number: a subnormal one would itself be inexact.
-    lowest, largest = max(spec.format.min_normal, _SMALLEST), spec.format.max if limit is None else limit
+    lowest, largest = max(spec.format.min_normal, float(_SMALLEST)), spec.format.max if limit is None else limit
     scale = jnp.clip(jnp.where(bits == 0, 1.0, wanted), lowest, largest)
     if spec.format != FLOAT32:
         scale = round_float(scale, spec.format, Rounding())

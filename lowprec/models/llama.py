@@ -7,11 +7,11 @@ from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
-from lowprec.typing import Array, Float, Int
 
 from lowprec.models.config import ModelConfig
 from lowprec.nn.attention import CausalSelfAttention
 from lowprec.nn.stack import LayerStack
+from lowprec.typing import Array, Float, Int
 
 
 class GatedMLP(nn.Module):

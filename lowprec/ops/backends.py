@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from jax import lax
-from lowprec.typing import Array, Float
 
 from lowprec.errors import UsageError, unknown
 from lowprec.formats import BlockFormat, FloatFormat, Format, IntFormat
@@ -15,6 +14,7 @@ from lowprec.formats.blocks import BlockLayout
 from lowprec.formats.scaling import Scale
 from lowprec.ops.operand import Operand
 from lowprec.quantizers import Rounded
+from lowprec.typing import Array, Float
 
 BACKENDS = ("auto", "emulate", "native")
 
@@ -112,12 +112,15 @@ def _emulate(a, b):
 
 
 def _native(a, b):
-    codes = [operand.rounded.layout.merge(operand.rounded.elements) for operand in (a, b)]
-    codes = [c.astype(native_dtype(operand.rounded.fmt)) for c, operand in zip(codes, (a, b), strict=True)]
-    integer = codes[0].dtype == jnp.int8
-    total = jnp.int32 if integer else jnp.float32
-    y = lax.dot_general(*codes, _dimension_numbers(a, b), preferred_element_type=total).astype(jnp.float32)
-    return y * _output_scale(a, -1) * _output_scale(b, -2)
+    a_codes, b_codes = _codes(a), _codes(b)
+    total = jnp.int32 if a_codes.dtype == jnp.int8 else jnp.float32
+    y = lax.dot_general(a_codes, b_codes, _dimension_numbers(a, b), preferred_element_type=total)
+    return y.astype(jnp.float32) * _output_scale(a, -1) * _output_scale(b, -2)
+
+
+def _codes(operand):
+    rounded = operand.rounded
+    return rounded.layout.merge(rounded.elements).astype(native_dtype(rounded.fmt))
 
 
 def _output_scale(operand, axis):

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from lowprec.typing import Array, Bool, Float
 
 from lowprec.errors import UsageError
 from lowprec.ops.backends import Kept, keep, multiply
@@ -20,6 +19,7 @@ from lowprec.ops.canonical import canonical_form
 from lowprec.ops.operand import Streams, gradient_mask, quantize_operand, rotate, unrotate
 from lowprec.ops.rule import GemmRule
 from lowprec.quantizers.error import SUMS
+from lowprec.typing import Array, Bool, Float
 
 DimensionNumbers = tuple[tuple, tuple]
 
@@ -94,7 +94,8 @@ class Residuals(NamedTuple):
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 @partial(jax.jit, static_argnums=4)
 def _product(x, w, key, taps, call):
-    return multiply(*_forward_operands(x, w, key, call.rule), call.backend)
+    forward_x, forward_w = _forward_operands(x, w, key, call.rule)
+    return multiply(forward_x, forward_w, call.backend)
 
 
 def _forward_operands(x, w, key, rule):

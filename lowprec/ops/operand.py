@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from lowprec.typing import Array, Bool, Float
 
 from lowprec.quantizers import OPERANDS, Clip, Quantizer, Rounded, error_sums, hadamard, inside, inverse_hadamard
+from lowprec.typing import Array, Bool, Float
 
 # The contraction axis of each operand, for x (…, M, K), w (…, K, N) and dy (…, M, N).
 CONTRACTION = {"fwd.x": -1, "fwd.w": -2, "dgrad.dy": -1, "dgrad.w": -1, "wgrad.dy": -2, "wgrad.x": -2}

@@ -16,7 +16,9 @@ def describe(recipe) -> str:
 def _describe_rule(gemm: GemmRule) -> list[str]:
     if gemm.exact:
         return ["left as they are"]
-    rows = [("product", "operand", "format", "rotation", "scale", "rounding", "gradient", "taken from")]
+    rows: list[tuple[str, ...]] = [
+        ("product", "operand", "format", "rotation", "scale", "rounding", "gradient", "taken from")
+    ]
     for product, (first, second, _) in PRODUCTS.items():
         for operand, quantizer in zip((first, second), getattr(gemm, product), strict=True):
             rows.append((product, operand, *_columns(quantizer, product)))

@@ -43,7 +43,7 @@ class Recipe:
     """
 
     name: str
-    rules: tuple[LayerRule, ...] | Mapping[str, GemmRule]
+    rules: tuple[LayerRule, ...]
     source: str = ""
 
     def __post_init__(self):

@@ -89,7 +89,8 @@ def test_layers_are_initialized_independently():
     assert float(jnp.std(kernels)) == pytest.approx(SMALL.init_std, rel=0.05)
 
 
-def loss_and_gradient(model, params, key=jax.random.key(5)):
+def loss_and_gradient(model, params):
+    key = jax.random.key(5)
     loss = lambda p: jnp.mean(model.apply({"params": p}, TOKENS, rngs={"quant": key}) ** 2)
     return jax.jit(jax.value_and_grad(loss))(params)
 

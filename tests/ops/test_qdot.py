@@ -239,7 +239,7 @@ def test_taps_carry_the_errors_and_change_nothing():
 
 
 def _beyond_six(x):
-    """NVFP4's e4m3 scales may round down: the fraction of values that then lie beyond 6 scales (TransformerEngine clips)."""
+    """NVFP4's e4m3 scales may round down: the fraction of values that then lie beyond 6 scales, and clip."""
     amax = np.abs(x).max()
     tensor = np.float32(amax) / np.float32(448 * 6)
     blocks = np.float32(x).reshape(-1, 16)

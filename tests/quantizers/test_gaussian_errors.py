@@ -100,7 +100,8 @@ def test_optimal_clipping_has_the_error_of_the_integral_and_shrinks_by_it(case):
     fmt, clip, expected = OPTIMAL[case]
     error, misaligned = errors(fmt, RootMeanSquare(clip), numbers=quantiles)
     assert error == pytest.approx(expected, rel=2e-3)
-    assert misaligned == pytest.approx(expected, rel=2e-3)  # for an optimal grid E[x · q] = 1 - MSE
+    # For an optimal grid E[x · q] = 1 - MSE. Quantiles lack the far tails: their variance is 1 - 6·10^-7.
+    assert misaligned == pytest.approx(expected, rel=2e-3, abs=2e-6)
     assert all(errors(fmt, RootMeanSquare(off * clip), numbers=quantiles)[0] > error for off in (0.95, 1.05))
 
 
