@@ -52,6 +52,7 @@ def _failed(error: Exception, workdir: Path | None) -> int:
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from lowprec.training.config import resolve
     from lowprec.training.config_file import config_name, load_config
+    from lowprec.training.host_memory import keep_freed_memory
     from lowprec.training.launch import train
     from lowprec.training.run_directory import RunDirectory
 
@@ -59,6 +60,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     workdir = arguments.workdir or Path("runs") / f"{config_name(arguments.config)}-{config.hash()[:8]}"
     arguments.workdir = workdir
     before = RunDirectory(workdir).finished()
+    keep_freed_memory()
     summary = train(config, workdir)
     print(_outcome(summary, workdir, repeated=before is not None))
     return STATUS_CODES[summary["status"]]

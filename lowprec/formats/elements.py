@@ -1,5 +1,7 @@
 """Rounding to an element format, its codes and its values: one door to the float, int and table kernels."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,6 +154,10 @@ def as_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _rounded(x, fmt, rounding, key, saturate):
-    rounding = parse_rounding(rounding)
-    x = as_float32(x)
-    return round_elements(x, element_of(fmt), rounding, noise(rounding, key, x.shape), saturate)
+    return _round_jitted(as_float32(x), key, element_of(fmt), parse_rounding(rounding), saturate)
+
+
+# Outside of jit, one program instead of dozens of small ones.
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _round_jitted(x, key, element, rounding, saturate):
+    return round_elements(x, element, rounding, noise(rounding, key, x.shape), saturate)

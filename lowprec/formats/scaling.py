@@ -103,25 +103,42 @@ def scale_from_amax(
     if not spec.per_tensor:
         return store_scale(wanted, spec)
     largest = np.float32(spec.format.max if limit is None else limit)
-    tensor_bits = _max_bits(jnp.where(finite, bits, np.uint32(0)))
-    tensor = jnp.where(tensor_bits == 0, 1.0, jnp.maximum(divide(from_bits(tensor_bits), largest * top), _SMALLEST))
-    return store_scale(divide(wanted, tensor), spec, largest)._replace(tensor=tensor)
+    return store_scale(wanted, spec, largest, _tensor_scale(bits, largest * top))
 
 
-def store_scale(wanted: Float[Array, "..."], spec: ScaleSpec, limit: float | np.float32 | None = None) -> Scale:
+def store_scale(
+    wanted: Float[Array, "..."],
+    spec: ScaleSpec,
+    limit: float | np.float32 | None = None,
+    tensor: Float[Array, ""] | None = None,
+) -> Scale:
     """A wanted scale, rounded to the scale's format; zero becomes 1 (any scale serves a block of zeros), infinity NaN.
 
     Powers of two: floor, ceil, nearest (in log2) … of the wanted scale itself, whatever the element.
+
+    Args:
+      limit: the largest block scale; the format's maximum when None.
+      tensor: of two-level scales: the second level; when None it maps the largest wanted scale to `limit`.
     """
     bits = to_bits(wanted)
     if spec.power_of_two:
         return _power_of_two_scale(jnp.where(bits == 0, 0, power_of_two_rule(wanted, None, spec.rule)), wanted)
+    largest = np.float32(spec.format.max if limit is None else limit)
+    if spec.per_tensor:
+        tensor = _tensor_scale(bits, largest) if tensor is None else tensor
+        wanted = divide(wanted, tensor)
     # Narrow scales stay at or above the smallest normal number: a subnormal one would itself be inexact.
-    lowest, largest = max(spec.format.min_normal, float(_SMALLEST)), spec.format.max if limit is None else limit
+    lowest = max(spec.format.min_normal, float(_SMALLEST))
     scale = jnp.clip(jnp.where(bits == 0, 1.0, wanted), lowest, largest)
     if spec.format != FLOAT32:
         scale = round_float(scale, spec.format, Rounding())
-    return Scale(jnp.where(bits >= EXPONENT, jnp.nan, scale))
+    return Scale(jnp.where(bits >= EXPONENT, jnp.nan, scale), tensor=tensor if spec.per_tensor else None)
+
+
+def _tensor_scale(bits, largest):
+    """The second level: the largest of finite numbers, given by their bits, over `largest`; 1 where all are zero."""
+    top = _max_bits(jnp.where(bits < EXPONENT, bits, np.uint32(0)))
+    return jnp.where(top == 0, 1.0, jnp.maximum(divide(from_bits(top), largest), _SMALLEST))
 
 
 def power_of_two_rule(amax: Float[Array, "..."], element: ElementFormat | None, rule: str) -> Int[Array, "..."]:

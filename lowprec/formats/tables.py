@@ -47,7 +47,7 @@ def _nearest_code(x, fmt, rounding, random):
     low, high = decode_table(lower, fmt), decode_table(jnp.minimum(lower + 1, len(values) - 1), fmt)
     negative = place < 0
     around_zero = (low < 0) & (high > 0)
-    up: Bool[Array, "..."]
+    up: Array
     match rounding.kind:
         case "up":
             up = jnp.ones_like(negative)

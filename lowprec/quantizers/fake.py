@@ -47,10 +47,12 @@ def fake_quant(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
+@partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
 def _fake_quant(x, key, fmt, axis, rounding, gradient, pad):
     return round_blocks(x, fmt, axis, rounding=rounding, key=key, pad=pad).values.astype(x.dtype)
 
 
+@partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
 def _forward(x, key, fmt, axis, rounding, gradient, pad):
     rounded = round_blocks(x, fmt, axis, rounding=rounding, key=key, pad=pad)
     mask = inside(x, rounded) if gradient == "clipped" else None

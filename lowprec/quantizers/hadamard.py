@@ -100,11 +100,11 @@ def _rotate(x, size, axis):
 def _by_matrices(x, size):
     """The last axis, as H_a ⊗ H_b: two small products instead of one with size² entries."""
     inner = min(size, 16)
-    blocks = x.reshape(*x.shape[:-1], -1, size // inner, inner)
-    product = partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // size, size // inner, inner)
+    product = partial(jnp.einsum, precision="highest")
     if size > inner:
-        blocks = product("...ab,ac->...cb", blocks, hadamard_matrix(size // inner).astype(x.dtype))
-    return product("...b,bc->...c", blocks, hadamard_matrix(inner).astype(blocks.dtype)).reshape(x.shape)
+        blocks = product("...ab,ac->...cb", blocks, hadamard_matrix(size // inner))
+    return product("...b,bc->...c", blocks, hadamard_matrix(inner)).reshape(x.shape)
 
 
 def _by_butterflies(x, size, axis):
@@ -113,7 +113,7 @@ def _by_butterflies(x, size, axis):
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     half = 1
     while half < size:
-        pairs = y.reshape(*before, -1, 2, half, *after)
+        pairs = y.reshape(*before, x.shape[axis] // (2 * half), 2, half, *after)
         first, second = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
         y = jnp.stack([first + second, first - second], axis=axis + 1)
         half *= 2

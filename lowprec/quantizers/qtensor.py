@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from lowprec.formats.blocks import BlockLayout, block_layout
-from lowprec.formats.elements import code_dtype, decode, encode_rounded
+from lowprec.formats.elements import as_float32, code_dtype, decode, encode_rounded
 from lowprec.formats.grammar import parse
 from lowprec.formats.packing import pack, unpack
 from lowprec.formats.rounding import Rounding, parse_rounding
@@ -58,21 +59,7 @@ class QTensor:
 
     def dequantize(self, dtype=jnp.float32) -> Float[Array, "..."]:
         """The values, in the shape of the array; the same as `fake_quant` gives."""
-        element = _element(self.fmt)
-        codes = self.codes
-        if _is_packed(element, self.shape):
-            codes = unpack(codes, element.bits, self.shape[-1])
-        elements = decode(codes, element)
-        if not isinstance(self.fmt, BlockFormat):
-            return elements.astype(dtype)
-        layout, spec = self.layout, self.fmt.scale
-        blocks, stored = layout.split(elements), layout.broadcast_scale(self.scales)
-        if spec.power_of_two:
-            scale = Scale(decode(stored, spec.format), stored.astype(jnp.int32) - spec.format.bias)
-        else:
-            block = stored.astype(jnp.float32) if spec.format in _NATIVE_SCALES else decode(stored, spec.format)
-            scale = Scale(block, None, self.tensor_scale)
-        return layout.merge(scale.multiply(blocks)).astype(dtype)
+        return _dequantize(self, dtype)
 
 
 _NATIVE_SCALES = {FLOAT32: jnp.float32, BFLOAT16: jnp.bfloat16}  # those of other formats are stored as codes
@@ -98,8 +85,12 @@ def quantize(
     Raises:
       ValueError: an unknown format, a block that does not divide the axis, stochastic rounding without a key.
     """
-    fmt = parse(fmt)
-    rounded = round_blocks(x, fmt, axis, rounding=parse_rounding(rounding), key=key, pad=pad)
+    return _quantize(as_float32(x), key, parse(fmt), axis, parse_rounding(rounding), pad)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _quantize(x, key, fmt, axis, rounding, pad):
+    rounded = round_blocks(x, fmt, axis, rounding=rounding, key=key, pad=pad)
     element = _element(fmt)
     codes = encode_rounded(rounded.layout.merge(rounded.elements), element).astype(code_dtype(element.bits))
     if _is_packed(element, codes.shape):
@@ -111,6 +102,25 @@ def quantize(
 def dequantize(q: QTensor, dtype=jnp.float32) -> Float[Array, "..."]:
     """The values of a QTensor."""
     return q.dequantize(dtype)
+
+
+@partial(jax.jit, static_argnums=1)
+def _dequantize(q, dtype):
+    element = _element(q.fmt)
+    codes = q.codes
+    if _is_packed(element, q.shape):
+        codes = unpack(codes, element.bits, q.shape[-1])
+    elements = decode(codes, element)
+    if not isinstance(q.fmt, BlockFormat):
+        return elements.astype(dtype)
+    layout, spec = q.layout, q.fmt.scale
+    blocks, stored = layout.split(elements), layout.broadcast_scale(q.scales)
+    if spec.power_of_two:
+        scale = Scale(decode(stored, spec.format), stored.astype(jnp.int32) - spec.format.bias)
+    else:
+        block = stored.astype(jnp.float32) if spec.format in _NATIVE_SCALES else decode(stored, spec.format)
+        scale = Scale(block, None, q.tensor_scale)
+    return layout.merge(scale.multiply(blocks)).astype(dtype)
 
 
 def _stored_scales(rounded: Rounded):

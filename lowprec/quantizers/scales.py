@@ -66,8 +66,7 @@ class FourOverSix:
         amax = block_amax(blocks, layout, exact=False)
         six = scale_from_amax(amax, fmt.element, fmt.scale, limit=self.limit)
         wanted = divide(amax, np.float32(fmt.element.max)) * np.float32(1.5)
-        wanted = wanted if six.tensor is None else divide(wanted, six.tensor)
-        four = store_scale(wanted, fmt.scale)._replace(tensor=six.tensor)
+        four = store_scale(wanted, fmt.scale, tensor=six.tensor)
         errors = [self._squared_error(blocks, scale, layout, fmt) for scale in (six, four)]
         return six._replace(block=jnp.where(errors[0] <= errors[1], six.block, four.block))
 
@@ -94,10 +93,10 @@ class RootMeanSquare:
     centered: bool = False
 
     def __call__(self, blocks, layout, fmt):
+        square = _mean(blocks * blocks, layout)
         if self.centered:
-            blocks = blocks - jnp.mean(blocks, axis=layout.members, keepdims=True)
-        mean_square = jnp.mean(blocks * blocks, axis=layout.members, keepdims=True)
-        top = np.float32(self.clip) * jnp.sqrt(mean_square) + np.float32(self.offset)
+            square = jnp.maximum(square - _mean(blocks, layout) ** 2, 0)
+        top = np.float32(self.clip) * jnp.sqrt(square) + np.float32(self.offset)
         return store_scale(divide(top, np.float32(fmt.element.max)), fmt.scale)
 
     def __str__(self):
@@ -111,8 +110,17 @@ class AbsMean:
     floor: float = 1e-5
 
     def __call__(self, blocks, layout, fmt):
-        mean = jnp.mean(jnp.abs(blocks), axis=layout.members, keepdims=True)
-        return store_scale(jnp.maximum(mean, np.float32(self.floor)), fmt.scale)
+        return store_scale(jnp.maximum(_mean(jnp.abs(blocks), layout), np.float32(self.floor)), fmt.scale)
 
     def __str__(self):
         return "absmean"
+
+
+def _mean(blocks, layout):
+    """The mean of each block, without the zeros that fill it up."""
+    if layout.padded == layout.shape:
+        return jnp.mean(blocks, axis=layout.members, keepdims=True)
+    total, count = (
+        jnp.sum(v, axis=layout.members, keepdims=True) for v in (blocks, layout.split(jnp.ones(layout.shape)))
+    )
+    return total / count

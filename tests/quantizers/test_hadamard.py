@@ -59,7 +59,6 @@ def test_whole_numbers_come_back_exactly(size, axis):
 
 @pytest.mark.parametrize("axis", [-1, 0])
 def test_half_precision_sums_are_float32(axis):
-    # 255 ones and a 2^-8: a bfloat16 sum would stop at 256 without it.
     x = np.ones((128, 128), np.float32)
     x[0, 0] = 1 + 2.0**-7
     y = hadamard(jnp.asarray(x, jnp.bfloat16), 128, jnp.ones(128), axis=axis)
@@ -128,7 +127,7 @@ def outlier_data(kind):
     random = np.random.default_rng(0)
     x = random.normal(size=(2048, 1024))
     if kind == "channels":
-        x[:, random.choice(1024, 8, replace=False)] *= 50
+        x[:, ::128] *= 50
     elif kind == "spikes":
         x[np.arange(2048), random.integers(0, 1024, 2048)] = 100
     elif kind == "Laplace":
@@ -136,14 +135,15 @@ def outlier_data(kind):
     return x.astype(np.float32)
 
 
-# relMSE without rotation and with H16, H32, H128, H1024; where outliers fall at random, only Laplace repeats to 5 %.
+# relMSE without rotation and with H16, H32, H128, H1024, as measured with the papers' own code, two or three digits.
+# Eight of 1024 channels times 50: where larger blocks hold several of them the error depends on which.
 OUTLIERS = {
     ("int4@row", "Laplace"): (0.047, 0.023, 0.021, 0.021, 0.020),
     ("nvfp4", "Laplace"): (0.0086, 0.0092, 0.0091, 0.0091, 0.0091),
     ("quest", "Laplace"): (0.037, 0.0128, 0.0121, 0.0116, 0.0114),
-    ("int4@row", "channels"): (0.054, 0.037, 0.026, 0.014, 0.012),
-    ("nvfp4", "channels"): (0.0042, 0.0103, 0.0126, 0.0122, 0.0093),
-    ("quest", "channels"): (0.651, 0.158, 0.061, 0.0138, 0.0094),
+    ("int4@row", "channels"): (0.054, 0.037, 0.026),
+    ("nvfp4", "channels"): (0.0042, 0.0103, 0.0126),
+    ("quest", "channels"): (0.651, 0.158, 0.061),
     ("int4@row", "spikes"): (0.093, 0.078, 0.055, 0.021, 0.006),
     ("nvfp4", "spikes"): (0.0022, 0.0073, 0.0111, 0.0145, 0.0105),
     ("quest", "spikes"): (0.773, 0.418, 0.270, 0.022, 0.0094),
@@ -152,16 +152,15 @@ OUTLIERS = {
 
 @pytest.mark.parametrize("name,kind", OUTLIERS)
 def test_rotation_helps_integers_and_rms_scales_and_hurts_nvfp4(name, kind):
-    x = outlier_data(kind)
+    x, expected = outlier_data(kind), OUTLIERS[name, kind]
     fmt = parse("int4_midrise@row" if name == "quest" else name)
     rule = RootMeanSquare(2.514005) if name == "quest" else AbsMax()
     measured = []
-    for size in (1, 16, 32, 128, 1024):
+    for size in (1, 16, 32, 128, 1024)[: len(expected)]:
         rotated = x if size == 1 else jax.jit(hadamard, static_argnums=1)(x, size)
-        q = jax.jit(lambda x: round_blocks(x, fmt, -1, rule=rule, rounding=parse_rounding("nearest_even")).values)(rotated)
+        q = jax.jit(lambda x: round_blocks(x, fmt, -1, rule=rule, rounding=parse_rounding("nearest_even")).values)(
+            rotated
+        )
         measured.append(float(jnp.sum((q - rotated) ** 2) / jnp.sum(rotated**2)))
-    if kind == "Laplace":
-        np.testing.assert_allclose(measured, OUTLIERS[name, kind], rtol=0.05)
-    else:
-        print(measured, OUTLIERS[name, kind])
-        np.testing.assert_allclose(measured, OUTLIERS[name, kind], rtol=0.15)
+    np.testing.assert_allclose(measured, expected, rtol=0.08)
+    assert (measured[2] > measured[0]) == (name == "nvfp4")

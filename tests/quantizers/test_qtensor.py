@@ -33,7 +33,7 @@ SHAPE = (5, 33, 70)  # no block divides it
 
 def data(shape=SHAPE, seed=0):
     random = np.random.default_rng(seed)
-    x = random.normal(size=shape) * np.exp2(random.integers(-20, 20, shape[:-1] + (1,)))
+    x = random.normal(size=shape) * np.exp2(random.integers(-20, 20, (*shape[:-1], 1)))
     x = np.where(random.random(shape) < 0.05, 0, x).astype(np.float32)
     x[..., :3] *= np.float32(2.0**-100)
     x[0, :] = 0.0  # blocks of zeros
