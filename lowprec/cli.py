@@ -4,6 +4,7 @@ Exit status: 0 done, 1 failed, 2 bad usage (the message says what would be valid
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _failed(error: Exception, workdir: Path | None) -> int:
     from lowprec.training.failures import explain, keep_traceback
 
+    # Tasks that failed with it, or were given up, would tell of it once more at the end of the process.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     message = explain(error, workdir)
     if message is None:
         kept = keep_traceback(error, Path(workdir or ".") / "traceback.txt")

@@ -5,10 +5,13 @@ a hand spoilt later is found by the sums of its files and of the state, and the 
 """
 
 import contextlib
+import errno
 import hashlib
 import logging
+import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,9 +77,15 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.directory.iterdir() if re.fullmatch(r"\d+", path.name))
 
     def save(self, step: int, state: TrainState, data: dict[str, Any], progress: dict[str, Any]) -> str:
-        """Returns the state's sha256 when the checkpoint is complete and the surplus ones are gone."""
+        """Returns the state's sha256 when the checkpoint is complete and the surplus ones are gone.
+
+        Raises:
+          OSError: if there is no room for it.
+        """
         import orbax.checkpoint as ocp
 
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _require_space(self.directory, state)
         progress = {**progress, "state_sha256": state_sha256(state)}
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), progress=ocp.args.JsonSave(progress)
@@ -142,13 +151,9 @@ class Checkpoints:
     def _manager(self, read_only: bool = False) -> Iterator[Any]:
         import orbax.checkpoint as ocp
 
-        # Orbax warns of what we ask it for.
-        logger = logging.getLogger("absl")
-        level = logger.level
-        logger.setLevel(logging.ERROR)
-        try:
-            # Not asynchronous: on a CPU Orbax would read the very buffers that the next step, to which they are
-            # donated, overwrites.
+        # Not asynchronous: on a CPU Orbax would read the very buffers that the next step, to which they are donated,
+        # overwrites.
+        with _quiet_orbax():
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=None if read_only else self._keep,
                 enable_async_checkpointing=False,
@@ -157,8 +162,37 @@ class Checkpoints:
             )
             with contextlib.closing(ocp.CheckpointManager(self.directory.absolute(), options=options)) as manager:
                 yield manager
-        finally:
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Keeps from the screen what Orbax says beside the exception that it raises.
+
+    It warns of what it was asked for, logs the tracebacks of its threads, and its event loops complain of their end.
+    """
+    loggers, before = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _require_space(directory: Path, state: TrainState) -> None:
+    """Raises OSError before anything is written, if the state and some small files will not fit."""
+    needed = 1.05 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 2**18
+    if shutil.disk_usage(directory).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
 
 
 def _file_sums(checkpoint: Path) -> dict[str, str]:

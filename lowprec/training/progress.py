@@ -10,6 +10,7 @@ from typing import IO, Any
 # Between two plain lines: often enough to see that it lives, seldom enough to read the log.
 PLAIN_SECONDS = 10.0
 BAR_SECONDS = 0.1
+MIN_BAR, MAX_BAR = 8, 30
 # Steps come in bursts, as they are read back late: their rate is that of several.
 RECENT_STEPS = 20
 
@@ -81,21 +82,22 @@ class Progress:
         if not last and now - self._shown < (BAR_SECONDS if self._live else PLAIN_SECONDS):
             return
         self._shown = now
-        text = self._text(line, now)
+        parts = self._parts(line, now)
         if self._live:
             columns = shutil.get_terminal_size().columns
-            self._stream.write(f"\r{_with_bar(text, line['step'] / self._steps, columns)}\x1b[K" + "\n" * last)
+            text = _with_bar(parts, line["step"] / self._steps, columns - 1)
+            self._stream.write(f"\r{text}\x1b[K" + "\n" * last)
             self._stream.flush()
         else:
-            print(text, file=self._stream, flush=True)
+            print("  ".join(parts.values()), file=self._stream, flush=True)
 
     def note(self, text: str) -> None:
         """A remark that stays; a bar goes on below it."""
         print(f"\r\x1b[K{text}" if self._live else text, file=self._stream, flush=True)
 
-    def _text(self, line: dict[str, Any], now: float) -> str:
+    def _parts(self, line: dict[str, Any], now: float) -> dict[str, str]:
         step = line["step"]
-        parts = [f"step {step}/{self._steps}", f"{100 * step // self._steps:3d}%"]
+        parts = {"step": f"step {step}/{self._steps}", "percent": f"{100 * step // self._steps:3d}%"}
         for name, key, fmt in (
             ("loss", "loss", ".4f"),
             ("bits/byte", "bits_per_byte", ".3f"),
@@ -103,11 +105,11 @@ class Progress:
             ("lr", "lr", ".1e"),
         ):
             if line.get(key) is not None:
-                parts.append(f"{name} {line[key]:{fmt}}")
+                parts[name] = f"{name} {line[key]:{fmt}}"
         if line.get("tokens_per_second"):
-            parts.append(f"{_thousands(line['tokens_per_second'])} tok/s")
-        parts.append(f"eta {self._eta(step, now)}")
-        return "  ".join(parts)
+            parts["rate"] = f"{_thousands(line['tokens_per_second'])} tok/s"
+        parts["eta"] = f"eta {self._eta(step, now)}"
+        return parts
 
     def _eta(self, step: int, now: float) -> str:
         if step >= self._steps:
@@ -132,11 +134,18 @@ def _thousands(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _with_bar(text: str, fraction: float, columns: int) -> str:
-    """The text and as much of a bar as the line has room for."""
-    room = min(columns - len(text) - 4, 30)
-    if room < 5:
-        return text[: columns - 1]
-    full, eighths = divmod(round(fraction * room * 8), 8)
-    bar = "█" * full + (" ▏▎▍▌▋▊▉"[eighths] if full < room else "")
-    return f"{text} |{bar.ljust(room)}|"
+def _with_bar(parts: dict[str, str], fraction: float, columns: int) -> str:
+    """One line with a bar in it; on a narrow terminal the details give way to it."""
+    parts = dict(parts)
+    for name in ("lr", "grad", "bits/byte"):
+        room = columns - len(" ".join(parts.values())) - len(" ||")
+        if room >= MIN_BAR:
+            break
+        parts.pop(name, None)
+    room = columns - len(" ".join(parts.values())) - len(" ||")
+    if room >= MIN_BAR:
+        width = min(room, MAX_BAR)
+        full, eighths = divmod(round(fraction * width * 8), 8)
+        bar = "█" * full + (" ▏▎▍▌▋▊▉"[eighths] if full < width else "")
+        parts["percent"] += f" |{bar.ljust(width)}|"
+    return " ".join(parts.values())[:columns]

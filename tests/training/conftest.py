@@ -58,7 +58,7 @@ def program_of(tiny):
 
 @pytest.fixture(scope="session")
 def command(shared_directory):
-    """command(*arguments) starts `python -m lowprec`; what it compiles is kept for the next one."""
+    """command(*arguments, prefix=…, VARIABLE=…) starts `python -m lowprec`; what it compiles is kept for the next."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -67,9 +67,9 @@ def command(shared_directory):
         "TFDS_DATA_DIR": str(shared_directory / "data"),
     }
 
-    def start(*arguments: str, **variables: str) -> subprocess.Popen:
+    def start(*arguments: str, prefix: tuple[str, ...] = (), **variables: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, "-m", "lowprec", *arguments],
+            [*prefix, sys.executable, "-m", "lowprec", *arguments],
             env={**environment, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -83,9 +83,9 @@ def command(shared_directory):
 def training_command(command, shared_directory):
     """training_command(workdir, changes) starts `lowprec train` on the tiny config."""
 
-    def start(workdir: Path, changes: dict | None = None, **variables: str) -> subprocess.Popen:
+    def start(workdir: Path, changes: dict | None = None, **options) -> subprocess.Popen:
         config = {**TINY, "data.data_dir": str(shared_directory / "data"), **(changes or {})}
         overrides = [f"--config.{key}={value}" for key, value in config.items()]
-        return command("train", f"--workdir={workdir}", *overrides, **variables)
+        return command("train", f"--workdir={workdir}", *overrides, **options)
 
     return start
