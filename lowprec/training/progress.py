@@ -10,7 +10,7 @@ from typing import IO, Any
 # Between two plain lines: often enough to see that it lives, seldom enough to read the log.
 PLAIN_SECONDS = 10.0
 BAR_SECONDS = 0.1
-MIN_BAR, MAX_BAR = 8, 30
+MIN_BAR, MAX_BAR = 5, 30
 # Steps come in bursts, as they are read back late: their rate is that of several.
 RECENT_STEPS = 20
 

@@ -12,6 +12,9 @@ from lowprec.errors import UsageError
 from lowprec.training.checkpoints import Checkpoints, state_sha256
 from lowprec.training.state import TrainState
 
+# Where only Orbax finds the damage, the futures that it gives up complain when they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def make_state(step):
     draw = np.random.default_rng(step)

@@ -65,9 +65,9 @@ def test_an_empty_or_absent_directory_and_the_same_config_are_welcome(run, tmp_p
 
 
 def test_two_processes_do_not_train_in_one_directory(run):
-    with run.claimed():
-        with pytest.raises(UsageError, match="another process is training in"), RunDirectory(run.path).claimed():
-            pass
+    refused = pytest.raises(UsageError, match="another process is training in")
+    with run.claimed(), refused, RunDirectory(run.path).claimed():
+        pass
     with run.claimed():
         pass
 

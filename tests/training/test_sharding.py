@@ -58,7 +58,7 @@ CHANGES = {
 
 
 def finished(process, status=0):
-    output, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == status, errors
     return errors
 
