@@ -1,6 +1,9 @@
 """Byte-level Llama, 107k parameters without embeddings, on the Python standard library's own source.
 
-lowprec train --config=configs/lm_tiny.py --config.recipe=nvfp4
+    lowprec train --config=configs/lm_tiny.py --config.recipe=nvfp4
+
+2 CPU cores, two such runs side by side on a busy machine: 2 to 4 minutes. Held-out bits/byte, seed 0: bf16 2.268,
+fp8 2.305, quartet2 2.319, nvfp4 2.376 (`make demo` trains all four).
 """
 
 from lowprec.training.config import default

@@ -3,8 +3,6 @@
 Slow and plain on purpose: nothing here comes from lowprec but the fields of the format.
 """
 
-import itertools
-
 import numpy as np
 
 from lowprec.formats import FloatFormat, IntFormat
@@ -12,32 +10,32 @@ from lowprec.formats import FloatFormat, IntFormat
 DETERMINISTIC = ("nearest_even", "nearest_away", "nearest_zero", "toward_zero", "away", "up", "down", "odd")
 
 
-def float_code(fmt: FloatFormat, code: int) -> float:
-    """The value of a code: (-1)^s · 2^(max(e, 1) - bias) · (f / 2^M + [e > 0]), infinity or NaN."""
+def code_values(fmt: FloatFormat, codes: np.ndarray) -> np.ndarray:
+    """The values of codes: (-1)^s · 2^(max(e, 1) - bias) · (f / 2^M + [e > 0]), infinity or NaN."""
     e_bits, m_bits = fmt.exponent_bits, fmt.mantissa_bits
-    magnitude = code % 2 ** (e_bits + m_bits)
-    negative = fmt.signed and code >= 2 ** (e_bits + m_bits)
-    exponent, fraction = divmod(magnitude, 2**m_bits)
     top = 2 ** (e_bits + m_bits) - 1
-    if fmt.nan == "ieee" and exponent == 2**e_bits - 1:
-        special = np.inf if fraction == 0 and fmt.has_inf else np.nan
-    elif (fmt.nan == "fn" and magnitude == top) or (fmt.nan == "fnuz" and negative and magnitude == 0):
-        special = np.nan
-    elif fmt.has_inf and fmt.nan != "ieee" and magnitude == top - (fmt.nan == "fn"):
-        special = np.inf
-    else:
-        special = None
-    if special is None:
-        special = _magnitude(fmt, exponent, fraction)
-    return -special if negative else special
+    magnitudes = codes % (top + 1)
+    negative = codes > top if fmt.signed else np.zeros(codes.shape, bool)
+    y = _magnitudes(fmt, magnitudes)
+    if fmt.nan == "ieee":
+        highest = magnitudes >> m_bits == 2**e_bits - 1
+        y = np.where(highest, np.inf if fmt.has_inf else np.nan, y)
+        y = np.where(highest & (magnitudes % 2**m_bits > 0), np.nan, y)
+    elif fmt.has_inf:
+        y = np.where(magnitudes == top - (fmt.nan == "fn"), np.inf, y)
+    if fmt.nan == "fn":
+        y = np.where(magnitudes == top, np.nan, y)
+    if fmt.nan == "fnuz":
+        y = np.where(negative & (magnitudes == 0), np.nan, y)
+    return np.where(negative, -y, y)
 
 
-def _magnitude(fmt, exponent, fraction):
+def _magnitudes(fmt, codes):
+    exponent, fraction = np.divmod(codes, 2**fmt.mantissa_bits)
     if fmt.mantissa_bits == 0 and not fmt.subnormals:  # no zero: every exponent is a power of two
-        return 2.0 ** (exponent - fmt.bias)
-    if exponent == 0 and not fmt.subnormals:
-        return 0.0
-    return 2.0 ** (max(exponent, 1) - fmt.bias) * (fraction / 2**fmt.mantissa_bits + (exponent > 0))
+        return np.ldexp(1.0, exponent - fmt.bias)
+    y = np.ldexp(fraction / 2**fmt.mantissa_bits + (exponent > 0), np.maximum(exponent, 1) - fmt.bias)
+    return y if fmt.subnormals else np.where(exponent == 0, 0.0, y)
 
 
 class NumberLine:
@@ -62,17 +60,16 @@ class NumberLine:
             self.odd = np.arange(len(fmt.values)) % 2 == 1
 
     def _lay_out_float(self, fmt):
-        codes = itertools.takewhile(
-            lambda c: np.isfinite(float_code(fmt, c)), range(2 ** (fmt.exponent_bits + fmt.mantissa_bits))
-        )
-        codes = [c for c in codes if c == 0 or float_code(fmt, c) > 0]
-        magnitudes = np.array([float_code(fmt, c) for c in codes])
-        self.max = magnitudes[-1]
+        codes = np.arange(2 ** (fmt.exponent_bits + fmt.mantissa_bits))
+        magnitudes = code_values(fmt, codes)
+        real = np.isfinite(magnitudes) & ((codes == 0) | (magnitudes > 0))  # without fractions of zero
+        codes = codes[real]
+        self.max = magnitudes[codes[-1]]
         # The number that would follow, were there one more code: rounding to it is overflow.
-        self.beyond = _magnitude(fmt, *divmod(codes[-1] + 1, 2**fmt.mantissa_bits))
-        line = np.append(magnitudes, self.beyond)
+        codes = np.append(codes, codes[-1] + 1)
+        line = _magnitudes(fmt, codes)
         # A significand of one bit is odd, always: IEEE 754-2019 §4.3.1 sends such ties away from zero.
-        odd = np.append(np.array(codes), codes[-1] + 1) % 2 == 1 if fmt.mantissa_bits else line > 0
+        odd = codes % 2 == 1 if fmt.mantissa_bits else line > 0
         if fmt.signed:
             negatives = slice(1 if line[0] == 0 else 0, None)
             line, odd = np.append(-line[negatives][::-1], line), np.append(odd[negatives][::-1], odd)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from number_line import NumberLine
+from op_by_op import round_to
 from scipy import stats
 
 from lowprec import formats
@@ -15,6 +16,7 @@ NAMES = [
     for name in formats.names()
     if not isinstance(formats.parse(name), BlockFormat) and formats.parse(name).bits <= 16 and name != "e8m0fnu"
 ]
+NAMES = [name for name in NAMES if "int" not in name or name in ("int2", "int4", "int8", "int16", "uint5", "uint8")]
 FLOATS = [name for name in NAMES if isinstance(formats.parse(name), FloatFormat)]
 PER_NAME = 512  # inputs
 
@@ -104,11 +106,11 @@ def test_equal_odds_for_both_neighbours_and_exact_values_stay(name):
 )
 def test_values_of_the_format_never_move_and_results_stay_in_it(name, rounding):
     finite = NumberLine(formats.parse(name)).finite
-    values = np.resize(finite, max(finite.size, 256)).astype(np.float32)
+    values = np.resize(np.random.default_rng(0).permutation(finite), 4096).astype(np.float32)
     key = jax.random.key(0)
-    np.testing.assert_array_equal(formats.round_to(values, name, rounding=rounding, key=key), values)
-    beyond = np.resize(np.array([1e30, -1e30, np.inf, -np.inf, 3e38, 1e-45], np.float32), 256)
-    y = np.asarray(formats.round_to(beyond, name, rounding=rounding, key=key))
+    np.testing.assert_array_equal(round_to(values, name, rounding=rounding, key=key), values)
+    beyond = np.resize(np.array([1e30, -1e30, np.inf, -np.inf, 3e38, 1e-45], np.float32), 4096)
+    y = round_to(beyond, name, rounding=rounding, key=key)
     assert np.isin(y, np.float32(finite)).all()
 
 
@@ -120,8 +122,8 @@ def test_the_mean_of_many_draws_is_the_value(name):
     tiny = np.where((np.abs(x) < fmt.min_subnormal) & (delta > 2**-13) & (delta < 0.1))[0][:2]
     chosen = np.concatenate([np.where((delta > 0.1) & (delta < 0.9))[0][:4], tiny]).astype(int)
     chosen = np.resize(chosen, 6)
-    rows = jnp.broadcast_to(jnp.asarray(x[chosen], jnp.float32)[:, None], (6, 1 << 18))
-    y = np.asarray(formats.round_to(rows, fmt, rounding="stochastic", key=jax.random.key(3)), np.float64)
+    rows = np.broadcast_to(np.float32(x[chosen])[:, None], (6, 1 << 18))
+    y = round_to(rows, fmt, rounding="stochastic", key=jax.random.key(3))
     moved = y != np.float32(near[chosen])[:, None]
     assert np.isin(y, np.float32(np.stack([near[chosen], far[chosen]]))).all()
     for count, p in zip(moved.sum(1), delta[chosen], strict=True):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import op_by_op
 import pytest
 from number_line import DETERMINISTIC, NumberLine
 
@@ -22,22 +23,23 @@ def probes(name):
     return jnp.asarray(x, jnp.float32).reshape(8, 128)
 
 
-def assert_same_bits(a, b):
+def assert_same_bits(a, b, message=""):
     """Of all but NaN, whose sign and payload mean nothing."""
     a, b = (np.where(np.isnan(y), np.float32(np.nan), y).view(np.uint32) for y in (a, b))
-    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(a, b, err_msg=message)
 
 
 @pytest.mark.parametrize("name", [*ELEMENTS, "int4_midrise"])
 def test_jit_and_vmap_give_the_bits_of_eager(name):
     x, key = probes(name), jax.random.key(0)
     modes = ALL_MODES if name in ALL_MODES_OF else ("nearest_even",)
-    call = lambda x, key: [formats.round_to(x, name, rounding=mode, key=key) for mode in modes]
-    eager = call(x, key)
-    for mode, compiled, expected in zip(modes, jax.jit(call)(x, key), eager, strict=True):
-        assert_same_bits(compiled, expected), mode
-    assert_same_bits(jax.vmap(lambda x: formats.round_to(x, name))(x), eager[0])
-    codes = formats.encode(x, name)
+    call = jax.jit(lambda x, key: [formats.round_to(x, name, rounding=mode, key=key) for mode in modes])
+    expected = [op_by_op.round_to(x, name, rounding=mode, key=key) for mode in modes]
+    for mode, y, y_eager in zip(modes, call(x, key), expected, strict=True):
+        assert_same_bits(y, y_eager, mode)
+    assert_same_bits(formats.round_to(x, name), expected[0])
+    assert_same_bits(jax.vmap(lambda x: formats.round_to(x, name))(x), expected[0])
+    codes = op_by_op.encode(x, name)
     np.testing.assert_array_equal(jax.jit(lambda x: formats.encode(x, name))(x), codes)
     decode = lambda c: formats.decode(c, name)
     assert_same_bits(jax.jit(decode)(codes), decode(codes))

@@ -25,6 +25,8 @@ TINY = {
     "eval.health": False,
     "checkpoint.every": 4,
 }
+# LLVM's optimizations take most of the time of runs this small.
+COMPILE_FAST = "--xla_backend_optimization_level=0"
 
 
 @pytest.fixture(scope="session")
@@ -58,16 +60,22 @@ def program_of(tiny):
 
 @pytest.fixture(scope="session")
 def command(shared_directory):
-    """command(*arguments, prefix=…, VARIABLE=…) starts `python -m lowprec`; what it compiles is kept for the next."""
+    """command(*arguments, prefix=…, devices=…, VARIABLE=…) starts `python -m lowprec`.
+
+    What it compiles is kept for the next one.
+    """
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": COMPILE_FAST,
         "JAX_COMPILATION_CACHE_DIR": str(shared_directory / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "TFDS_DATA_DIR": str(shared_directory / "data"),
     }
 
-    def start(*arguments: str, prefix: tuple[str, ...] = (), **variables: str) -> subprocess.Popen:
+    def start(*arguments: str, prefix: tuple[str, ...] = (), devices: int = 1, **variables: str) -> subprocess.Popen:
+        if devices > 1:
+            variables["XLA_FLAGS"] = f"{COMPILE_FAST} --xla_force_host_platform_device_count={devices}"
         return subprocess.Popen(
             [*prefix, sys.executable, "-m", "lowprec", *arguments],
             env={**environment, **variables},
