@@ -68,13 +68,13 @@ def test_train_names_a_directory_after_the_config_and_its_hash(lowprec, tmp_path
         "    return config\n"
     )
     status, output, errors = lowprec(
-        "train", "--config=small.py:3", "--config.recipe=fwd=int8@row wgrad=int8@row", "--config.log.tensorboard",
-        "--config.profile.steps=1", "--config.profile.skip=1",
+        "train", "--config=small.py:3", "--config.recipe=fwd=int8@row wgrad=bf16", "--config.log.tensorboard",
+        "--config.profile.steps=1", "--config.profile.skip=1", "--noconfig.eval.health",
     )  # fmt: skip
     (workdir,) = (tmp_path / "runs").iterdir()
     config = RunDirectory(workdir).read_config()
     assert status == 0 and workdir.name == f"small-3-{config.hash()[:8]}"
-    assert config.recipe == "fwd=int8@row wgrad=int8@row"
+    assert config.recipe == "fwd=int8@row wgrad=bfloat16"
     assert output.startswith(f"done: runs/{workdir.name}; fwd=int8@row") and "bits/byte" in output
     assert "step 3/3  100%" in errors
     found = sorted(path.name for path in workdir.iterdir())

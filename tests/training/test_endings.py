@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from lowprec.training.metrics import read_lines
+from lowprec.training.run_directory import write_json
 
 
 def finish(process, status):
@@ -47,12 +48,11 @@ def test_a_diverged_run_is_not_repeated(diverged, training_command):
     assert output.startswith("diverged before:")
 
 
-def test_a_failure_nobody_thought_of_leaves_its_traceback_in_the_directory(training_command, tmp_path):
+def test_a_failure_nobody_thought_of_leaves_its_traceback_in_the_directory(training_command, tiny, tmp_path):
     """A file lies where the checkpoints belong."""
     workdir, changes = tmp_path / "run", {"train.steps": 2, "recipe": "f32"}
-    finish(training_command(workdir, changes), 0)
-    (workdir / "summary.json").unlink()
-    shutil.rmtree(workdir / "checkpoints")
+    workdir.mkdir()
+    write_json(workdir / "config.json", tiny(changes).to_dict())
     (workdir / "checkpoints").write_text("mine")
     _, errors = finish(training_command(workdir, changes), 1)
     assert errors.splitlines()[-1].startswith("lowprec: failed: ")
@@ -86,7 +86,7 @@ def test_a_full_disk_is_said_clearly_and_costs_nothing(training_command, tmp_pat
     """A file system of 700 kB; then it grows, and the same command goes on."""
     disk, copy = tmp_path / "disk", tmp_path / "copy"
     disk.mkdir()
-    changes = {"train.steps": 60, "checkpoint.every": 10, "eval.every": 5, "eval.health": True, "recipe": "int8"}
+    changes = {"train.steps": 60, "checkpoint.every": 10, "recipe": "f32"}
     prefix = ("unshare", "-rm", "sh", "-c", FULL_DISK, "sh")
     process = training_command(disk / "run", changes, prefix=prefix, DISK=str(disk), COPY=str(copy))
     output, errors = process.communicate(timeout=240)

@@ -14,8 +14,8 @@ from lowprec.training.metrics import TIMINGS, read_lines
 
 # Long enough to be hit in the middle.
 STEPS = {"train.steps": 120, "checkpoint.every": 7, "eval.every": 25, "checkpoint.keep": 3}
-# Noise of every kind: both roundings and the signs of a rotation.
-NOISY = "fwd=int4@row(stochastic) dgrad=int8@row(stochastic hadamard16.random) wgrad=int8@row(stochastic)"
+# Noise of each kind: of rounding, forward and backward, and of the signs of a rotation.
+NOISY = "fwd=int4@row(stochastic) dgrad=int8@row(stochastic hadamard16.random)"
 TIMEOUT = 240
 
 
@@ -174,10 +174,11 @@ def test_half_a_save_and_half_a_line_are_cleared_away(reference, training_comman
     shutil.rmtree(checkpoints / "120.orbax-checkpoint-tmp" / "progress")
     with (workdir / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 121, "loss": 3.')
-    _, errors = finish(training_command(workdir, changes))
+    # How many checkpoints are kept is no part of what is computed, and may change.
+    _, errors = finish(training_command(workdir, {**changes, "checkpoint.keep": 1}))
     assert "going on from the checkpoint of step 119" in errors
     assert_same_run(workdir, expected)
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["112", "119", "120"]
+    assert [path.name for path in checkpoints.iterdir()] == ["120"]
 
 
 def test_a_finished_run_is_not_repeated(reference, tiny):
@@ -196,14 +197,3 @@ def test_another_configs_directory_is_refused(reference, tiny):
     assert "optimizer.lr: 0.004 there, 0.001 asked for" in text and "seed: 0 there, 5 asked for" in text
     assert "log.every" not in text
     assert contents(expected) == before
-
-
-def test_a_config_that_only_records_differently_goes_on(reference, training_command, tmp_path):
-    """More checkpoints, fewer lines, another place of the data: the same computation."""
-    changes, expected = reference
-    workdir, _ = unfinished_copy(expected, tmp_path)
-    shutil.rmtree(workdir / "checkpoints" / "120")
-    output, _ = finish(training_command(workdir, {**changes, "log.every": 1, "checkpoint.keep": 1}))
-    assert output.startswith("done:")
-    assert_same_run(workdir, expected)
-    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["120"]
