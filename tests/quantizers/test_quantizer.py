@@ -21,7 +21,6 @@ from lowprec.quantizers import (
     fake_quant,
 )
 
-
 BLOCKS = [name for name in formats.names() if isinstance(parse(name), BlockFormat)]
 
 
