@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 # Keys that change how a run is carried out, recorded or placed, not what it computes.
-NOT_SEMANTIC = ("checkpoint.", "log.", "profile.", "mesh.", "data.data_dir", "data.download")
+NOT_SEMANTIC = ("checkpoint.", "log.", "profile.", "mesh.", "data.data_dir", "data.download", "eval.health")
 # Counted up when the same config comes to mean another computation.
 SCHEMA = 1
 

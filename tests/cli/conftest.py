@@ -36,7 +36,8 @@ def trained(tmp_path_factory, data_dir):
     """A directory with two finished runs that differ in their recipe alone: bf16 and int4."""
     directory = tmp_path_factory.mktemp("runs")
     for name, recipe in (("bf16", "bf16"), ("int4", "fwd=int4@row")):
-        train({**CONFIG, "data.data_dir": data_dir, "recipe": recipe}, directory / name)
+        changes = {"data.data_dir": data_dir, "recipe": recipe, "eval.health": name == "int4"}
+        train({**CONFIG, **changes}, directory / name)
     return directory
 
 

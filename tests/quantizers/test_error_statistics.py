@@ -1,5 +1,7 @@
 """What is measured of a quantized operand, against numpy in float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +29,14 @@ def data(shape=(32, 64)):
 
 
 def measured(x, name, **options):
-    rounded = round_blocks(jnp.asarray(x), parse(name), -1, **options)
-    return OperandStatistics.from_sums(error_sums(jnp.asarray(x), rounded)), np.asarray(rounded.values, np.float64)
+    sums, values = summed(x, name, **options)
+    return OperandStatistics.from_sums(sums), np.asarray(values, np.float64)
+
+
+@partial(jax.jit, static_argnums=1, static_argnames="pad")
+def summed(x, name, pad=False):
+    rounded = round_blocks(x, parse(name), -1, pad=pad)
+    return error_sums(x, rounded), rounded.values
 
 
 @pytest.mark.parametrize(
@@ -74,8 +82,7 @@ def test_padding_counts_for_nothing():
 def test_sums_of_calls_add_up():
     x, y = data(), 2 * data()
     name = "int4@row"
-    sums = [np.asarray(error_sums(jnp.asarray(v), round_blocks(jnp.asarray(v), parse(name), -1))) for v in (x, y)]
-    together = OperandStatistics.from_sums(sums[0] + sums[1])
+    together = OperandStatistics.from_sums(summed(x, name)[0] + summed(y, name)[0])
     both, _ = measured(np.concatenate([x, y]), name)
     assert together.sqnr_db == pytest.approx(both.sqnr_db, abs=1e-3)
     assert together.amax == (700 + 1400) / 2
@@ -85,8 +92,7 @@ def test_sums_of_calls_add_up():
 def test_a_tap_slot_carries_the_sums_of_the_operands_that_were_quantized():
     slot = tap_slot()
     assert slot.shape == (len(OPERANDS), len(SUMS)) == (6, 9) and not slot.any()
-    x = jnp.asarray(data())
-    row = error_sums(x, round_blocks(x, parse("int8@row"), -1))
+    row = summed(data(), "int8@row")[0]
     taps = read_taps(slot.at[OPERANDS.index("dgrad.dy")].set(row))
     assert list(taps) == ["dgrad.dy"]
     assert taps["dgrad.dy"] == OperandStatistics.from_sums(row)
@@ -96,10 +102,12 @@ def test_a_tap_slot_carries_the_sums_of_the_operands_that_were_quantized():
 @pytest.mark.parametrize("margin", [0.0, 0.5])
 @pytest.mark.parametrize("name", ["int4@row/e8m0.floor", "e2m1fn", "uint4", "int4_midrise@row"])
 def test_inside_is_the_range_of_the_elements_and_a_margin(name, margin):
-    x = data()
-    rounded = round_blocks(jnp.asarray(x), parse(name), -1, rule=RootMeanSquare(2.5))
-    mask = np.asarray(jax.jit(lambda x: inside(x, rounded, margin))(x))
+    @jax.jit
+    def mask_and_scale(x):
+        rounded = round_blocks(x, parse(name), -1, rule=RootMeanSquare(2.5))
+        return inside(x, rounded, margin), jnp.float32(1) if rounded.scale is None else rounded.scale.block
+
+    mask, scale = mask_and_scale(data())
     element = formats.element_of(name)
-    scale = 1 if rounded.scale is None else np.asarray(rounded.scale.block, np.float64)
-    scaled = x.astype(np.float64) / scale
+    scaled = data().astype(np.float64) / scale
     np.testing.assert_array_equal(mask, (scaled <= element.max + margin) & (scaled >= element.min - margin))

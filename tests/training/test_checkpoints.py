@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, and never a spoilt one taken for good."""
 
+import gc
 import shutil
 
 import jax
@@ -36,7 +37,8 @@ def saved(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=3)
     for step in (10, 20, 30):
         checkpoints.save(step, make_state(step), {"next_index": step}, {"seconds": step / 3, "best": None})
-    return checkpoints
+    yield checkpoints
+    gc.collect()
 
 
 def test_gives_back_bit_for_bit_what_was_saved(saved):

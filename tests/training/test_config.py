@@ -68,6 +68,7 @@ def test_every_semantic_key_changes_the_hash(key):
         ("mesh.fsdp", 4),
         ("data.data_dir", "/elsewhere"),
         ("data.download", True),
+        ("eval.health", False),
     ],
 )
 def test_keys_of_recording_and_placing_do_not_change_the_hash(key, value):
