@@ -11,7 +11,7 @@ from lowprec.models import count_parameters
 from lowprec.training.checkpoints import Checkpoints
 from lowprec.training.config import RunConfig, resolve
 from lowprec.training.loop import Training, new_progress
-from lowprec.training.metrics import JsonLines, MetricsWriter, TensorBoard, Writers, read_lines
+from lowprec.training.metrics import JsonLines, TensorBoard, Writers, read_lines
 from lowprec.training.profile import Profiler
 from lowprec.training.program import Program
 from lowprec.training.progress import Clock, Progress
@@ -75,10 +75,9 @@ def _open(program: Program, run: RunDirectory, stop: StopRequest, stream: IO[str
         progress |= {name: checkpoint.progress.get(name) for name in progress}
         notes += [f"checkpoint {path} cannot be read ({reason}); it was set aside" for path, reason in damaged]
         notes.append(f"going on from the checkpoint of step {step}")
+    events = [TensorBoard(run.tensorboard, step)] if config.log.tensorboard else []
     write_json(run.config, config.to_dict())
-    writers: list[MetricsWriter] = [JsonLines(run.metrics, step)]
-    if config.log.tensorboard:
-        writers.append(TensorBoard(run.tensorboard, step))
+    writer = Writers(JsonLines(run.metrics, step), *events)
     display = Progress(config.train.steps, stream)
     for note in (*notes, _describe(program)):
         display.note(note)
@@ -90,7 +89,7 @@ def _open(program: Program, run: RunDirectory, stop: StopRequest, stream: IO[str
         progress=progress,
         clock=clock,
         checkpoints=checkpoints,
-        writer=Writers(*writers),
+        writer=writer,
         display=display,
         profiler=Profiler(config.profile, run.profile, step),
         stop=stop,

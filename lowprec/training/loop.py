@@ -143,6 +143,8 @@ class Training:
     def _evaluate(self) -> dict[str, Any]:
         """Numbers for the line of this step."""
         evaluation = self.program.evaluate(self.state.params).metrics(self.program.data)
+        if not math.isfinite(evaluation["eval_loss"]):
+            return evaluation
         self.progress["evaluation"] = {"step": self.step, **evaluation}
         best = self.progress["best"]
         if best is None or evaluation["eval_loss"] < best["eval_loss"]:

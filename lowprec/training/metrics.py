@@ -1,13 +1,13 @@
 """metrics.jsonl: one object a line, one line a step, and never a step twice; TensorBoard events on request."""
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from lowprec.errors import UsageError
+from lowprec.training.run_directory import finite_or_null
 
 # Clock readings: all else is the same in a run that was resumed.
 TIMINGS = ("tokens_per_second", "seconds")
@@ -40,7 +40,7 @@ class JsonLines:
         self._file = path.open("ab", buffering=0)
 
     def write(self, line: dict[str, Any]) -> None:
-        rest = json.dumps(_finite(line)).encode() + b"\n"
+        rest = json.dumps(finite_or_null(line)).encode() + b"\n"
         while rest:
             rest = rest[self._file.write(rest) :]
 
@@ -129,12 +129,6 @@ def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 return
             end += len(raw)
             yield line, end
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scalars(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

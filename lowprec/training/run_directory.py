@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +21,20 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w") as file:
-            json.dump(value, file, indent=2)
+            json.dump(finite_or_null(value), file, indent=2)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def finite_or_null(value: Any) -> Any:
+    """The value with null for every number that JSON does not have, inside dicts too."""
+    if isinstance(value, dict):
+        return {key: finite_or_null(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
