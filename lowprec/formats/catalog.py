@@ -1,5 +1,6 @@
 """The named formats: what `parse` knows by heart, and the table that people read."""
 
+from lowprec.formats import codebooks
 from lowprec.formats.types import (
     BFLOAT16,
     E4M3FN,
@@ -48,6 +49,13 @@ _CANONICAL: dict[str, ElementFormat] = {
     "nf4": NF4,
     "ternary": TableFormat("ternary", (-1.0, 0.0, 1.0)),
     "binary": TableFormat("binary", (-1.0, 1.0)),
+    **{
+        name: codebooks.build(name)
+        for name in (
+            *("posit8", "posit16", "lns8.3", "pow2_4"),
+            *("de8", "ude8", "de4", "ude4", "log8", "log4", "lin4", "cmp8", "ucmp8"),
+        )
+    },
 }
 
 ELEMENTS: dict[str, ElementFormat] = {
@@ -78,7 +86,13 @@ BLOCKS: dict[str, BlockFormat] = {
     # NVIDIA: 16 elements share an e4m3 scale, all blocks a float32 one.
     "nvfp4": BlockFormat(_CANONICAL["e2m1fn"], (1, 16), ScaleSpec(E4M3FN, None, True)),
     # Das et al., arXiv 1802.00930: the tensor shares an exponent.
+    "dfp8": BlockFormat(IntFormat(8, symmetric=True), "tensor", _E8M0_FLOOR),
     "dfp16": BlockFormat(IntFormat(16, symmetric=True), "tensor", _E8M0_FLOOR),
+    # Block floating point (Rouhani et al., NeurIPS 2020): 16 sign-magnitude numbers share the exponent of the largest.
+    **{
+        f"msfp{bits + 8}": BlockFormat(IntFormat(bits, symmetric=True), (1, 16), _E8M0_FLOOR)
+        for bits in range(3, 9)
+    },
     # DeepSeek-V3, arXiv 2412.19437.
     "fp8_block128": BlockFormat(E4M3FN, (1, 128)),
     "fp8_tile128": BlockFormat(E4M3FN, (128, 128)),

@@ -1,7 +1,10 @@
 """The grammar of format names, in both directions: parse(str(fmt)) == fmt.
 
 element := [float] e<E>m<M>[b<bias>]<family>[_<flag>…]   family: fn, fnuz, fnu, _ieee, _p3109[u](e|f)
-         | [u]int<bits>[_symmetric|_midrise] | [u]fx<word>.<fraction>[_symmetric|_midrise] | a name in the catalog
+         | p3109_k<bits>p<precision>[u](e|f)
+         | [u]int<bits>[_symmetric|_midrise] | [u]fx<word>.<fraction>[_symmetric|_midrise]
+         | posit<bits>[_es<E>] | lns<bits>.<fraction> | pow2_<bits> | [u]de<bits> | log<bits> | lin<bits> | [u]cmp<bits>
+         | a name in the catalog
 block   := element@(tensor|row|1x<g>|<g>x<g>)[/scale]
 scale   := f32 | bf16 | e8m0.<rule> | <float element>[.tensor]
 """
@@ -9,7 +12,7 @@ scale   := f32 | bf16 | e8m0.<rule> | <float element>[.tensor]
 import re
 
 from lowprec.errors import UsageError, unknown
-from lowprec.formats import catalog
+from lowprec.formats import catalog, codebooks
 from lowprec.formats.types import (
     BFLOAT16,
     E8M0,
@@ -27,6 +30,7 @@ _FLOAT = re.compile(
     r"(?:float(?P<bits>\d+)_)?e(?P<E>\d+)m(?P<M>\d+)(?:b(?P<b>\d+|_\d+))?"
     r"(?P<family>fnuz|fnu|fn|_ieee|_p3109u?[ef])?(?P<flags>(?:_[a-z]+)*)"
 )
+_P3109 = re.compile(r"p3109_k(?P<k>\d+)p(?P<p>\d+)(?P<u>u?|s)(?P<domain>[ef])")
 _INT = re.compile(r"(?P<u>u?)int(?P<bits>\d+)(?P<flag>_symmetric|_midrise)?")
 _FIXED = re.compile(r"(?P<u>u?)fx(?P<bits>\d+)\.(?P<fraction>-?\d+)(?P<flag>_symmetric|_midrise)?")
 
@@ -80,15 +84,18 @@ def _parse_block(block):
 def parse_element(name: str) -> ElementFormat:
     if name in catalog.ELEMENTS:
         return catalog.ELEMENTS[name]
-    for pattern, build in ((_FLOAT, _build_float), (_INT, _build_int), (_FIXED, _build_int)):
-        match = pattern.fullmatch(name)
-        if match:
-            try:
+    try:
+        for pattern, build in _PATTERNS:
+            match = pattern.fullmatch(name)
+            if match:
                 return build(match)
-            except UsageError:
-                raise
-            except ValueError as error:
-                raise UsageError(f"format {name!r}: {error}") from None
+        table = codebooks.build(name)
+        if table:
+            return table
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"format {name!r}: {error}") from None
     hint = "lowprec formats lists all; any e<E>m<M>fn, e<E>m<M>_ieee, int<bits> and fx<bits>.<fraction> can be written"
     raise unknown("format", name, (*catalog.ELEMENTS, *catalog.BLOCKS), hint)
 
@@ -110,13 +117,21 @@ def _build_float(match):
             raise UsageError(f"format {match[0]!r}: only e8m0 has the family fnu")
         fmt = E8M0
     else:
-        # IEEE P3109: NaN takes the code of negative zero, or, unsigned, the last one; extended formats have infinities.
-        unsigned, extended = "u" in family, family.endswith("e")
-        bias = 1 << (e - 1) if e else 0
-        fmt = FloatFormat(e, m, bias, extended, "fn" if unsigned else "fnuz", signed=not unsigned)
+        fmt = _p3109(e, m, "u" in family, family.endswith("e"))
     if match["bits"] and int(match["bits"]) != fmt.bits:
         raise UsageError(f"format {match[0]!r} has {fmt.bits} bits, not {match['bits']}")
     return fmt
+
+
+def _build_p3109(match):
+    bits, precision, unsigned = int(match["k"]), int(match["p"]), match["u"] == "u"
+    return _p3109(bits - precision + unsigned, precision - 1, unsigned, match["domain"] == "e")
+
+
+def _p3109(e, m, unsigned, extended):
+    """IEEE P3109: NaN takes the code of negative zero, or, unsigned, the last one; extended formats have infinities."""
+    bias = 1 << (e - 1) if e > 0 else 0
+    return FloatFormat(e, m, bias, extended, "fn" if unsigned else "fnuz", signed=not unsigned)
 
 
 def _build_by_fields(e, m, match):
@@ -175,6 +190,9 @@ def int_name(fmt: IntFormat) -> str:
     word = f"int{fmt.bits}" if fmt.fraction_bits == 0 else f"fx{fmt.bits}.{fmt.fraction_bits}"
     flag = "_symmetric" if fmt.symmetric else "_midrise" if fmt.midrise else ""
     return f"{'' if fmt.signed else 'u'}{word}{flag}"
+
+
+_PATTERNS = ((_FLOAT, _build_float), (_P3109, _build_p3109), (_INT, _build_int), (_FIXED, _build_int))
 
 
 def parse_scale(name: str) -> ScaleSpec:

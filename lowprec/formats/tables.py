@@ -21,30 +21,38 @@ def round_table(
     """x rounded to the table, as float32; saturates; NaN stays NaN. Ties to even mean an even code."""
     # isnan(x) would let LLVM turn the comparisons below into float ones, which see no subnormals.
     is_nan = (to_bits(x) & MAGNITUDE) > EXPONENT
-    return jnp.where(is_nan, x, decode_table(_nearest_code(x, fmt, rounding, random), fmt))
+    return jnp.where(is_nan, x, _look_up(_nearest_index(x, fmt, rounding, random), fmt))
 
 
 def encode_table(y: Float[Array, "..."], fmt: TableFormat) -> UInt32[Array, "..."]:
-    """The codes of values that are in the table; NaN to the code nearest zero."""
-    return _nearest_code(jnp.where(jnp.isnan(y), 0, y), fmt, Rounding(), None)
+    """The codes of values that are in the table; NaN to its code, or to that of the value nearest zero."""
+    index = _nearest_index(jnp.where(jnp.isnan(y), 0, y), fmt, Rounding(), None)
+    codes = (index + np.uint32(fmt.first_code)) & np.uint32((1 << fmt.bits) - 1)
+    return codes if fmt.nan_code is None else jnp.where(jnp.isnan(y), np.uint32(fmt.nan_code), codes)
 
 
 def decode_table(codes: UInt32[Array, "..."], fmt: TableFormat) -> Float[Array, "..."]:
+    index = (codes - np.uint32(fmt.first_code)) & np.uint32((1 << fmt.bits) - 1)
+    y = _look_up(index, fmt)
+    return y if fmt.nan_code is None else jnp.where(codes == fmt.nan_code, jnp.nan, y)
+
+
+def _look_up(index, fmt):
     if len(fmt.values) > _COMPARISONS_UP_TO:
-        return jnp.take(jnp.asarray(fmt.values, jnp.float32), codes.astype(jnp.int32), mode="clip")
-    y = jnp.full(codes.shape, fmt.values[0], jnp.float32)
-    for code, value in enumerate(fmt.values[1:], 1):
-        y = jnp.where(codes >= code, np.float32(value), y)
+        return jnp.take(jnp.asarray(fmt.values, jnp.float32), index.astype(jnp.int32), mode="clip")
+    y = jnp.full(index.shape, fmt.values[0], jnp.float32)
+    for place, value in enumerate(fmt.values[1:], 1):
+        y = jnp.where(index >= place, np.float32(value), y)
     return y
 
 
-def _nearest_code(x, fmt, rounding, random):
+def _nearest_index(x, fmt, rounding, random):
     values = np.asarray(fmt.values, np.float32)
     place = jnp.clip(_order(x), _order_of(values[0]), _order_of(values[-1]))
     if rounding.kind in ("nearest_even", "nearest_away", "nearest_zero"):
-        return _code_by_midpoints(place, values, rounding.kind)
+        return _index_by_midpoints(place, fmt, rounding.kind)
     lower = _count_reached(place, values[1:])
-    low, high = decode_table(lower, fmt), decode_table(jnp.minimum(lower + 1, len(values) - 1), fmt)
+    low, high = _look_up(lower, fmt), _look_up(jnp.minimum(lower + 1, len(values) - 1), fmt)
     negative = place < 0
     around_zero = (low < 0) & (high > 0)
     up: Array
@@ -59,7 +67,7 @@ def _nearest_code(x, fmt, rounding, random):
             # Between -a and b there is nothing toward zero: the sign stays, as in floats without a zero.
             up = negative ^ around_zero
         case "odd":
-            up = lower % 2 == 0
+            up = (lower + fmt.first_code) % 2 == 0
         case "stochastic_equal":
             up = random >> 31 == 1
         case "stochastic":
@@ -81,11 +89,13 @@ def _moves_away(fraction: Float[Array, "..."], rounding, random) -> Bool[Array, 
     return (random >> np.uint32(32 - k)) + steps.astype(jnp.uint32) >= np.uint32(1 << k)
 
 
-def _code_by_midpoints(place, values, kind):
+def _index_by_midpoints(place, fmt, kind):
     """Counts the midpoints that x has passed; what happens at a midpoint depends on the mode."""
-    exact = (values[:-1].astype(np.float64) + values[1:]) / 2
+    values = np.asarray(fmt.values, np.float32)
+    halfway = (values[:-1].astype(np.float64) + values[1:]) / 2
+    exact = halfway if fmt.midpoints is None else np.asarray(fmt.midpoints)
     middles = exact.astype(np.float32)
-    codes = np.arange(len(middles))
+    codes = np.arange(len(middles)) + fmt.first_code
     inclusive = {
         "nearest_even": codes % 2 == 1,  # from an odd code the tie goes up to the even one
         "nearest_away": middles >= 0,
@@ -93,7 +103,9 @@ def _code_by_midpoints(place, values, kind):
     }[kind]
     # x must reach the first float32 that counts: the midpoint, the one after it, or what lies above one in between.
     beyond = np.where(middles == exact, ~inclusive, middles < exact)
-    return _count_reached(place, np.where(beyond, np.nextafter(middles, np.float32(np.inf)), middles))
+    first = np.where(beyond, np.nextafter(middles, np.float32(np.inf)), middles)
+    # A midpoint may be a value itself (a posit never rounds to zero), and values stay.
+    return _count_reached(place, np.clip(first, np.nextafter(values[:-1], np.float32(np.inf)), values[1:]))
 
 
 def _count_reached(place: Int[Array, "..."], thresholds: np.ndarray) -> UInt32[Array, "..."]:

@@ -233,15 +233,22 @@ class IntFormat:
 
 @dataclass(frozen=True)
 class TableFormat:
-    """A code book: the code is the index of the value in ascending order.
+    """A code book: its values in ascending order, coded by consecutive numbers.
 
     Args:
-      name: by which the catalog knows it; a name of a table that is not in the catalog cannot be parsed back.
-      values: at least two distinct finite float32 values.
+      name: by which the grammar knows it; the name of a table of your own cannot be parsed back.
+      values: 2 to 65536 distinct finite float32 values.
+      midpoints: where rounding to nearest goes over from one value to the next, one fewer than values; halfway between
+        them when None. (Posits, logarithmic and companded tables round in another domain than that of the values.)
+      first_code: the code of the lowest value; the codes of the others follow it, modulo 2^bits.
+      nan_code: the code that means NaN, if one does.
     """
 
     name: str
     values: tuple[float, ...]
+    midpoints: tuple[float, ...] | None = None
+    first_code: int = 0
+    nan_code: int | None = None
 
     def __post_init__(self):
         values = np.asarray(self.values, np.float32)
@@ -250,6 +257,18 @@ class TableFormat:
         if np.any(np.diff(values) <= 0):
             raise ValueError(f"the values of table {self.name!r} do not ascend")
         object.__setattr__(self, "values", tuple(values.tolist()))
+        if self.midpoints is not None:
+            middles = np.asarray(self.midpoints, np.float64)
+            if middles.shape != (len(values) - 1,) or np.any(middles < values[:-1]) or np.any(middles > values[1:]):
+                raise ValueError(f"each midpoint of table {self.name!r} lies between two neighbours of its values")
+            object.__setattr__(self, "midpoints", tuple(middles.tolist()))
+        if not 0 <= self.first_code < 1 << self.bits:
+            raise ValueError(f"the first code of table {self.name!r} does not have {self.bits} bits")
+        if self.nan_code is not None and (self.nan_code - self.first_code) % (1 << self.bits) < len(values):
+            raise ValueError(f"code {self.nan_code} of table {self.name!r} means a number, not NaN")
+
+    def __hash__(self):
+        return hash((self.name, len(self.values)))  # that of 65536 values takes a millisecond
 
     @property
     def bits(self) -> int:

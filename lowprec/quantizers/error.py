@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from lowprec.formats.types import BlockFormat
 from lowprec.quantizers.blockwise import Rounded
+from lowprec.quantizers.estimators import inside
 from lowprec.typing import Array, Float
 
 # What is accumulated for an operand; every entry is a sum, so that cotangents may add them.
@@ -28,11 +28,6 @@ def error_sums(x: Float[Array, "..."], rounded: Rounded) -> Float[Array, " sums"
     """The sums of one operand: float32, in the order of `SUMS`."""
     source = x.astype(jnp.float32)
     values = rounded.values
-    element = rounded.fmt.element if isinstance(rounded.fmt, BlockFormat) else rounded.fmt
-    unscaled = rounded.layout.split(source)
-    if rounded.scale is not None:
-        unscaled = rounded.scale.divide(unscaled)
-    clipped = (unscaled > element.max * (1 + 2**-20)) | (unscaled < element.min * (1 + 2**-20))
     return jnp.stack(
         [
             jnp.float32(1),
@@ -42,7 +37,7 @@ def error_sums(x: Float[Array, "..."], rounded: Rounded) -> Float[Array, " sums"
             jnp.sum((values - source) ** 2),
             jnp.sum(values * source),
             jnp.sum(values**2),
-            jnp.sum(clipped, dtype=jnp.float32),
+            jnp.sum(~inside(source, rounded), dtype=jnp.float32),
             jnp.sum((values == 0) & (source != 0), dtype=jnp.float32),
         ]
     )

@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 
 from lowprec.formats.types import BlockFormat
 from lowprec.quantizers.blockwise import Rounded
 from lowprec.typing import Array, Bool, Float
+
+_FLOAT32_RANGE = np.array([np.finfo(np.float32).min, np.finfo(np.float32).max])
 
 
 @dataclass(frozen=True)
@@ -43,4 +46,5 @@ def inside(x: Float[Array, "..."], rounded: Rounded, margin: float = 0.0) -> Boo
         unscaled = rounded.scale.divide(unscaled)
         # amax times the reciprocal of its own scale may land one rounding past the largest element.
         high, low = high * (1 + 2**-20), low * (1 + 2**-20)
+    low, high = np.clip((low, high), *_FLOAT32_RANGE)
     return rounded.layout.merge((unscaled <= high) & (unscaled >= low))
