@@ -76,4 +76,4 @@ def test_a_reader_that_stops_early_is_no_failure():
     run = subprocess.run(
         f"{sys.executable} -m lowprec formats e5m2 | head -n 1", shell=True, capture_output=True, text=True, cwd=root
     )
-    assert run.stdout == "name            e5m2\n" and run.stderr == ""
+    assert run.stdout.split() == ["name", "e5m2"] and run.stderr == ""
