@@ -6,7 +6,7 @@ EXTRAS ?= dev
 RUNS ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-oldest lint format types bench clean
+.PHONY: help setup demo test test-all test-oldest lint format types bench bench-formats exhaustive clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -42,6 +42,12 @@ format: setup  ## rewrite the code in the project's format
 
 bench: setup  ## step-time ratios to float32 on this machine
 	$(BIN)/python -m benchmarks.step_time
+
+bench-formats: setup  ## time of rounding, coding and packing as ratios to one pass over the array
+	$(BIN)/python -m benchmarks.formats
+
+exhaustive: setup  ## all 2^32 float32 numbers against the native casts (minutes; goes on where it was stopped)
+	$(BIN)/python tests/exhaustive/check.py
 
 clean:  ## remove what make built (runs are kept)
 	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
