@@ -17,6 +17,8 @@ ROOMS = (
 )
 CORE = ("formats", "quantizers", "pallas", "ops", "optim", "recipes", "nn")
 CORE_LIBRARIES = {"jax", "flax", "optax", "numpy"}
+OPTIONAL_LIBRARIES = {"safetensors"}  # imported inside of functions
+HIDDEN = ("jaxtyping", "beartype", "ml_collections", "grain", "orbax", "tensorflow_datasets", "scipy", "safetensors")
 STANDARD = set(sys.stdlib_module_names)
 
 
@@ -50,8 +52,12 @@ def test_a_room_imports_only_the_rooms_above_it(path):
 
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in CORE], ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_core_needs_jax_flax_optax_and_numpy_alone(path):
-    libraries = {name.split(".")[0] for name in imports(path)} - {"lowprec"} - STANDARD
-    assert libraries <= CORE_LIBRARIES
+    at_import, anywhere = (
+        {name.split(".")[0] for name in imports(path, top_level)} - {"lowprec"} - STANDARD
+        for top_level in (True, False)
+    )
+    assert at_import <= CORE_LIBRARIES
+    assert anywhere <= CORE_LIBRARIES | OPTIONAL_LIBRARIES
 
 
 def test_formats_and_scaling_do_without_flax_and_optax():
@@ -74,7 +80,7 @@ import flax.linen, optax  # with whatever they need themselves
 class Hide(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         root = name.split(".")[0]
-        if root in ("jaxtyping", "beartype", "ml_collections", "grain", "orbax", "tensorflow_datasets", "scipy"):
+        if root in {HIDDEN!r}:
             raise ModuleNotFoundError(name)
 for name in [m for m in sys.modules if m.split(".")[0] in ("jaxtyping", "beartype")]:
     del sys.modules[name]

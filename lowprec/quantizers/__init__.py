@@ -9,6 +9,7 @@ from lowprec.quantizers.hadamard import FIXED_SIGNS, Hadamard, hadamard, hadamar
 from lowprec.quantizers.qtensor import QTensor, dequantize, quantize
 from lowprec.quantizers.quantizer import EXACT, REUSE, Quantizer
 from lowprec.quantizers.scales import AbsMax, AbsMean, FourOverSix, RootMeanSquare, ScaleRule
+from lowprec.quantizers.storage import load_safetensors, save_safetensors
 
 __all__ = [
     "EXACT",
@@ -35,8 +36,10 @@ __all__ = [
     "hadamard_matrix",
     "inside",
     "inverse_hadamard",
+    "load_safetensors",
     "quantize",
     "read_taps",
     "round_blocks",
+    "save_safetensors",
     "tap_slot",
 ]
