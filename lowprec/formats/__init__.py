@@ -10,6 +10,7 @@ from lowprec.formats.grammar import names, parse
 from lowprec.formats.packing import pack, unpack
 from lowprec.formats.random import random_bits
 from lowprec.formats.rounding import Rounding, parse_rounding
+from lowprec.formats.traced import TracedFormat, stack_traced, traced, traced_fixed, traced_float
 from lowprec.formats.types import BlockFormat, FloatFormat, Format, IntFormat, ScaleSpec, TableFormat
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Rounding",
     "ScaleSpec",
     "TableFormat",
+    "TracedFormat",
     "decode",
     "element_of",
     "encode",
@@ -29,6 +31,10 @@ __all__ = [
     "parse_rounding",
     "random_bits",
     "round_to",
+    "stack_traced",
+    "traced",
+    "traced_fixed",
+    "traced_float",
     "unpack",
     "value_table",
 ]

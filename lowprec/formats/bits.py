@@ -42,15 +42,17 @@ def power_of_two(exponent: Int[Array, "..."]) -> Float[Array, "..."]:
     return from_bits(jnp.where(exponent >= -126, normal, subnormal).astype(jnp.uint32))
 
 
-def scaled_pattern(value: float, exponent: Int[Array, "..."] | int) -> UInt32[Array, "..."]:
-    """The bits of value · 2^exponent for a positive constant; truncated where the result is subnormal."""
-    bits = int(pattern(value))
-    significand = (bits & 0x7FFFFF) | 0x800000
-    field = exponent + (bits >> 23)
-    normal = (field << 23) + (significand - 0x800000)
-    subnormal = significand >> jnp.clip(1 - field, 0, 31)
-    finite = jnp.where(field >= 1, normal, subnormal).astype(jnp.uint32)
-    return jnp.where(field >= 255, jnp.uint32(0x7F7FFFFF), finite)
+def scaled_pattern(bits: np.uint32 | UInt32[Array, "..."], exponent: Int[Array, "..."] | int) -> UInt32[Array, "..."]:
+    """The bits of value · 2^exponent, value not negative; truncated where the result is subnormal, the largest finite
+    number beyond it.
+    """
+    bits = jnp.asarray(bits)
+    significand, field = significand_and_field(bits)
+    field = field + exponent
+    normal = (field << 23).astype(jnp.uint32) + (significand - IMPLICIT)
+    subnormal = significand >> jnp.clip(1 - field, 0, 31).astype(jnp.uint32)
+    finite = jnp.where(field >= 1, normal, subnormal)
+    return jnp.where(bits == 0, bits, jnp.where(field >= 255, np.uint32(0x7F7FFFFF), finite))
 
 
 def times_power_of_two(x: Float[Array, "..."], exponent: Int[Array, "..."]) -> Float[Array, "..."]:

@@ -89,10 +89,7 @@ BLOCKS: dict[str, BlockFormat] = {
     "dfp8": BlockFormat(IntFormat(8, symmetric=True), "tensor", _E8M0_FLOOR),
     "dfp16": BlockFormat(IntFormat(16, symmetric=True), "tensor", _E8M0_FLOOR),
     # Block floating point (Rouhani et al., NeurIPS 2020): 16 sign-magnitude numbers share the exponent of the largest.
-    **{
-        f"msfp{bits + 8}": BlockFormat(IntFormat(bits, symmetric=True), (1, 16), _E8M0_FLOOR)
-        for bits in range(3, 9)
-    },
+    **{f"msfp{bits + 8}": BlockFormat(IntFormat(bits, symmetric=True), (1, 16), _E8M0_FLOOR) for bits in range(3, 9)},
     # DeepSeek-V3, arXiv 2412.19437.
     "fp8_block128": BlockFormat(E4M3FN, (1, 128)),
     "fp8_tile128": BlockFormat(E4M3FN, (128, 128)),

@@ -15,8 +15,8 @@ from lowprec.formats.types import TableFormat
 def posit(bits: int, exponent_bits: int = 2) -> TableFormat:
     """Posit<bits, exponent_bits> of the Posit Standard (2022), where exponent_bits is 2.
 
-    Codes are two's complement, NaR is 10…0. Rounding to nearest goes by the code that one more bit would give, and never
-    to zero or NaR; the other modes go by value.
+    Codes are two's complement, NaR is 10…0. Rounding to nearest goes by the code that one more bit would give, and
+    never to zero or NaR; the other modes go by value.
     """
     if not 3 <= bits <= 16 or not 0 <= exponent_bits <= 3:
         raise ValueError(f"posits have 3 to 16 bits and 0 to 3 exponent bits, not {bits}, {exponent_bits}")
@@ -48,7 +48,7 @@ def _posit_values(bits, exponent_bits):
 def logarithmic(bits: int, fraction_bits: int) -> TableFormat:
     """A sign and log2 |x| as a fixed-point number of bits - 1 bits, whose lowest code means zero; rounds in the log."""
     if not 2 <= bits <= 16 or not 0 <= fraction_bits < bits:
-        raise ValueError(f"logarithmic formats have 2 to 16 bits, fraction bits among them; not {bits}, {fraction_bits}")
+        raise ValueError(f"logarithmic formats have 2 to 16 bits, fraction bits among them: not {bits}.{fraction_bits}")
     half = 1 << (bits - 2)
     if half >> fraction_bits > 126:
         raise ValueError("float32 does not contain this logarithmic format")
@@ -77,7 +77,7 @@ def dynamic_exponent(bits: int, signed: bool) -> TableFormat:
         count = 1 << (index if signed else index + 1)
         decade = 10.0 ** (index - exponents + 1) * (0.1 + 0.9 * (np.arange(count) + 0.5) / count)
         values += [*decade, *(-decade if signed else [])]
-    return TableFormat(f"{'' if signed else 'u'}de{bits}", tuple(np.unique(np.float32(values))))
+    return TableFormat(f"{'' if signed else 'u'}de{bits}", tuple(np.unique(np.asarray(values, np.float32))))
 
 
 def log_map(bits: int) -> TableFormat:

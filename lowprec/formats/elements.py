@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowprec.formats import floats, integers, tables
+from lowprec.formats.bits import rescale
 from lowprec.formats.grammar import parse
 from lowprec.formats.random import random_bits
 from lowprec.formats.rounding import Rounding, parse_rounding
+from lowprec.formats.traced import TracedFormat
 from lowprec.formats.types import BlockFormat, ElementFormat, FloatFormat, Format, IntFormat
 from lowprec.typing import Array, Float, Int, UInt, UInt32
 
@@ -22,9 +24,14 @@ def element_of(fmt: str | Format) -> ElementFormat:
     return fmt.element if isinstance(fmt, BlockFormat) else fmt
 
 
+def has_blocks(fmt: Format | TracedFormat) -> bool:
+    """Whether the elements of a format share scales."""
+    return isinstance(fmt, BlockFormat) or (isinstance(fmt, TracedFormat) and fmt.block is not None)
+
+
 def round_to(
     x: Float[Array, "..."],
-    fmt: str | Format,
+    fmt: str | Format | TracedFormat,
     *,
     rounding: str | Rounding = "nearest_even",
     key: jax.Array | None = None,
@@ -36,7 +43,7 @@ def round_to(
 
     Args:
       x: float32, bfloat16 or float16, any shape.
-      fmt: a format or its name.
+      fmt: a format or its name; a `TracedFormat` where its parameters are to be arrays.
       rounding: see `Rounding`; the stochastic modes need a key.
       key: typed or legacy uint32 key.
       saturate: overflow gives the largest value; else infinity, NaN where there is none, as casts do. Integers and
@@ -103,7 +110,7 @@ def code_dtype(bits: int) -> jnp.dtype:
 
 def round_elements(
     x: Float[Array, "..."],
-    element: ElementFormat,
+    element: ElementFormat | TracedFormat,
     rounding: Rounding,
     random: UInt32[Array, "..."] | None = None,
     saturate: bool = True,
@@ -114,9 +121,11 @@ def round_elements(
         return floats.round_float(x, element, rounding, random, saturate, exponent)
     if isinstance(element, IntFormat):
         return integers.round_int(x, element, rounding, random, exponent)
-    if exponent is not None:
-        raise ValueError(f"the table {element} has no grid scaled by powers of two: give it a float scale")
-    return tables.round_table(x, element, rounding, random)
+    if isinstance(element, TracedFormat):
+        return floats.round_on_grid(x, element.grid, rounding, random, saturate, exponent)
+    if exponent is None:
+        return tables.round_table(x, element, rounding, random)
+    return rescale(tables.round_table(rescale(x, -exponent), element, rounding, random), exponent)
 
 
 def encode_rounded(y: Float[Array, "..."], element: ElementFormat) -> UInt32[Array, "..."]:
@@ -154,10 +163,13 @@ def as_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _rounded(x, fmt, rounding, key, saturate):
-    return _round_jitted(as_float32(x), key, element_of(fmt), parse_rounding(rounding), saturate)
+    x, rounding = as_float32(x), parse_rounding(rounding)
+    if isinstance(fmt, TracedFormat):
+        return _round_jitted(x, key, fmt.element, None, rounding, saturate)
+    return _round_jitted(x, key, None, element_of(fmt), rounding, saturate)
 
 
 # Outside of jit, one program instead of dozens of small ones.
-@partial(jax.jit, static_argnums=(2, 3, 4))
-def _round_jitted(x, key, element, rounding, saturate):
-    return round_elements(x, element, rounding, noise(rounding, key, x.shape), saturate)
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _round_jitted(x, key, traced, element, rounding, saturate):
+    return round_elements(x, traced or element, rounding, noise(rounding, key, x.shape), saturate)

@@ -6,6 +6,7 @@ promotions from subnormal to normal need no special case.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +25,11 @@ from lowprec.formats.bits import (
 )
 from lowprec.formats.rounding import Rounding, increment
 from lowprec.formats.types import FloatFormat
-from lowprec.typing import Array, Float, Int, UInt32
+from lowprec.typing import Array, Bool, Float, Int, UInt32
 
+NAN = EXPONENT | np.uint32(1 << 22)
 _ZERO = np.uint32(0)
+_FINITE = np.uint32(0x7F7FFFFF)
 
 
 @dataclass
@@ -50,20 +53,20 @@ def round_magnitude(
     *,
     mantissa_bits: int | Int[Array, ""],
     min_exponent: int | Int[Array, "..."],
-    subnormals: bool,
+    subnormals: bool | Bool[Array, "..."],
     rounding: Rounding,
     negative,
     random: UInt32[Array, "..."] | None,
 ) -> Cell:
     """Rounds the magnitudes of finite float32 patterns; mantissa_bits and min_exponent may be traced."""
     # Only formats whose cells end among float32's subnormals look at the binades of these.
-    deep = not isinstance(min_exponent, int) or min_exponent < (-126 if subnormals else -125)
+    deep = not isinstance(min_exponent, int) or min_exponent < (-126 if subnormals is True else -125)
     base = jnp.maximum((a >> 23).astype(jnp.int32), 1)
     m = a - ((base - 1).astype(jnp.uint32) << 23)
     field = exponent_field(a) if deep else base
     smallest = min_exponent + 127
     binade = jnp.maximum(field - smallest, 0)
-    cell_bits = mantissa_bits if subnormals else jnp.where(field >= smallest, mantissa_bits, 0)
+    cell_bits = jnp.where(subnormals | (field >= smallest), mantissa_bits, 0)
     dropped = jnp.maximum(binade + smallest - cell_bits - (base - 23), 0).astype(jnp.uint32)
     shift = jnp.minimum(dropped, 31)
     if rounding.stochastic:
@@ -77,6 +80,88 @@ def round_magnitude(
     return Cell((m + plus) >> shift, dropped, base, binade)
 
 
+class Grid(NamedTuple):
+    """What the kernel knows of a format: Python numbers, or arrays for a traced one. Bounds are float32 bits.
+
+    Args:
+      mantissa_bits, min_exponent, subnormals: of the cells.
+      largest, lowest: magnitudes of the largest and of the lowest value.
+      smallest: the least magnitude of a format without a zero, else 0.
+      overflow: infinity or NaN, for what lies beyond without saturation; 0 for the bound itself.
+      negative_zero: whether zeros keep their sign.
+    """
+
+    mantissa_bits: int | Int[Array, "..."]
+    min_exponent: int | Int[Array, "..."]
+    subnormals: bool | Bool[Array, "..."]
+    largest: np.uint32 | UInt32[Array, "..."]
+    lowest: np.uint32 | UInt32[Array, "..."]
+    smallest: np.uint32
+    overflow: np.uint32 | UInt32[Array, "..."]
+    negative_zero: bool | Bool[Array, "..."]
+
+
+def float_grid(fmt: FloatFormat) -> Grid:
+    largest = pattern(fmt.max)
+    return Grid(
+        mantissa_bits=fmt.mantissa_bits,
+        min_exponent=fmt.min_exponent,
+        subnormals=fmt.subnormals or not fmt.has_zero,
+        largest=largest,
+        lowest=largest if fmt.signed or not fmt.has_zero else _ZERO,
+        smallest=_ZERO if fmt.has_zero else pattern(fmt.min_normal),
+        overflow=EXPONENT if fmt.has_inf else _ZERO if fmt.nan == "none" else NAN,
+        negative_zero=fmt.negative_zero or not fmt.has_zero,
+    )
+
+
+def round_on_grid(
+    x: Float[Array, "..."],
+    grid: Grid,
+    rounding: Rounding,
+    random: UInt32[Array, "..."] | None = None,
+    saturate: bool = True,
+    exponent: Int[Array, "..."] | None = None,
+) -> Float[Array, "..."]:
+    """float32 x rounded to the grid times 2^exponent: the one kernel of floats, integers and traced formats.
+
+    Modes that round a finite value back toward the format give the largest value also without saturation. Below a
+    lowest value of zero everything is zero. NaN stays NaN.
+
+    Args:
+      exponent: of a power-of-two scale, broadcast against x; the grid is scaled rather than x, so no product
+        can leave float32's normal range, where CPUs flush to zero.
+    """
+    u = to_bits(x)
+    a, negative = u & MAGNITUDE, u >= SIGN
+    scaled = (lambda bound: bound) if exponent is None else (lambda bound: scaled_pattern(bound, exponent))
+    limit = jnp.where(negative, scaled(grid.lowest), scaled(grid.largest))
+    bounded = jnp.minimum(a, limit if saturate else jnp.where(limit == 0, limit, _FINITE))
+    cell = round_magnitude(
+        jnp.maximum(bounded, scaled(grid.smallest)),
+        mantissa_bits=grid.mantissa_bits,
+        min_exponent=grid.min_exponent if exponent is None else grid.min_exponent + exponent,
+        subnormals=grid.subnormals,
+        rounding=rounding,
+        negative=negative,
+        random=random,
+    )
+    y = cell.pattern()
+    if not saturate:
+        over = ((y > limit) | (a >= EXPONENT)) & (limit != 0)
+        back = (a < EXPONENT) & _rounds_back(rounding, negative)
+        y = jnp.where(over, jnp.where(back | (grid.overflow == 0), limit, grid.overflow), y)
+    sign = jnp.where((y == 0) & ~jnp.bool_(grid.negative_zero), _ZERO, u & SIGN)
+    return from_bits(jnp.where(a > EXPONENT, a | NAN, y | sign))
+
+
+def _rounds_back(rounding, negative):
+    """Where a mode never leaves the range of the format."""
+    if rounding.kind in ("up", "down"):
+        return negative == (rounding.kind == "up")
+    return jnp.bool_(rounding.kind == "toward_zero")
+
+
 def round_float(
     x: Float[Array, "..."],
     fmt: FloatFormat,
@@ -85,36 +170,17 @@ def round_float(
     saturate: bool = True,
     exponent: Int[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
-    """x rounded to the values fmt · 2^exponent, as float32.
+    """float32 x rounded to the values fmt · 2^exponent; see `round_on_grid`.
 
-    Args:
-      x: float32. NaN stays NaN, whatever the format; see `special_values` for infinities and signs.
-      exponent: of a power-of-two scale, broadcast against x; the grid is scaled rather than x, so no product
-        can leave float32's normal range, where CPUs flush to zero.
+    Unsigned formats take negative values as zero or, without a zero, zero and negative values as NaN.
     """
     if exponent is None and rounding.kind == "nearest_even" and _magic_addition_is_exact(fmt):
         return _round_nearest_even(x, fmt, saturate)
+    y = round_on_grid(x, float_grid(fmt), rounding, random, saturate, exponent)
+    if fmt.signed or fmt.has_zero:
+        return y
     u = to_bits(x)
-    a, negative = u & MAGNITUDE, (u & SIGN) != 0
-    limit = pattern(fmt.max) if exponent is None else scaled_pattern(fmt.max, exponent)
-    bounded = jnp.minimum(a, limit if saturate else pattern(float(np.finfo(np.float32).max)))
-    if not fmt.has_zero:
-        bounded = jnp.maximum(
-            bounded, pattern(fmt.min_normal) if exponent is None else scaled_pattern(fmt.min_normal, exponent)
-        )
-    cell = round_magnitude(
-        bounded,
-        mantissa_bits=fmt.mantissa_bits,
-        min_exponent=fmt.min_exponent if exponent is None else fmt.min_exponent + exponent,
-        subnormals=fmt.subnormals or not fmt.has_zero,
-        rounding=rounding,
-        negative=negative,
-        random=random,
-    )
-    y = cell.pattern()
-    if not saturate:
-        y = _overflow(y, y > limit, a, negative, limit, fmt, rounding)
-    return from_bits(_special_values(y, u, fmt))
+    return jnp.where((u >= SIGN) | (u == 0), jnp.nan, y)
 
 
 def _magic_addition_is_exact(fmt):
@@ -132,48 +198,17 @@ def _magic_addition_is_exact(fmt):
 
 
 def _round_nearest_even(x, fmt, saturate):
-    u = to_bits(x)
+    grid, u = float_grid(fmt), to_bits(x)
     top = fmt.max if saturate else fmt.max * 2
     a = jnp.minimum(jnp.abs(x), top)  # NaN passes
     binade = jnp.maximum(to_bits(a) & EXPONENT, pattern(fmt.min_normal))
     magic = from_bits(binade + np.uint32((23 - fmt.mantissa_bits) << 23))
     y = to_bits((a + magic) - magic)
     if not saturate:
-        y = _overflow(y, y > pattern(fmt.max), u & MAGNITUDE, None, pattern(fmt.max), fmt, Rounding())
-    return from_bits(_special_values(y, u, fmt))
-
-
-def _overflow(y, over, a, negative, limit, fmt, rounding):
-    """What lies beyond the largest value without saturation: infinity, else NaN, else (no code left) the largest.
-
-    Modes that round a finite value back toward the format keep the largest value.
-    """
-    beyond = EXPONENT if fmt.has_inf else (EXPONENT | np.uint32(1 << 22) if fmt.nan != "none" else limit)
-    finite = a < EXPONENT
-    if rounding.kind == "toward_zero":
-        back = finite
-    elif rounding.kind == "up":
-        back = finite & negative
-    elif rounding.kind == "down":
-        back = finite & ~negative
-    else:
-        back = False
-    return jnp.where(over | ~finite, jnp.where(back, limit, beyond), y)
-
-
-def _special_values(y, u, fmt):
-    """Puts back signs and NaN. Unsigned formats take negative values as zero, or, without a zero, as NaN."""
-    a = u & MAGNITUDE
-    if fmt.signed:
-        sign = u & SIGN
-        if not fmt.negative_zero:
-            sign = jnp.where(y == 0, _ZERO, sign)
-        y = y | sign
-    elif fmt.has_zero:
-        y = jnp.where(u >= SIGN, _ZERO, y)
-    else:
-        y = jnp.where((u >= SIGN) | (a == 0), EXPONENT | np.uint32(1 << 22), y)
-    return jnp.where(a > EXPONENT, a | np.uint32(1 << 22), y)
+        beyond = grid.overflow or grid.largest
+        y = jnp.where((y > grid.largest) & ((u & MAGNITUDE) <= EXPONENT), beyond, y)
+    sign = u & SIGN if fmt.negative_zero else jnp.where(y == 0, _ZERO, u & SIGN)
+    return from_bits(jnp.where((u & MAGNITUDE) > EXPONENT, (u & MAGNITUDE) | NAN, y | sign))
 
 
 def encode_float(y: Float[Array, "..."], fmt: FloatFormat) -> UInt32[Array, "..."]:
@@ -217,10 +252,10 @@ def decode_float(codes: UInt32[Array, "..."], fmt: FloatFormat) -> Float[Array, 
     if fmt.inf_code is not None:
         y = jnp.where(magnitude == fmt.inf_code, EXPONENT, y)
     if fmt.nan == "ieee":
-        y = jnp.where(magnitude > fmt.max_code + fmt.has_inf, EXPONENT | np.uint32(1 << 22), y)
+        y = jnp.where(magnitude > fmt.max_code + fmt.has_inf, NAN, y)
     if fmt.signed:
         y = y | (((codes >> (fmt.bits - 1)) & 1) << 31)
     if fmt.nan in ("fn", "fnuz"):
         nan = codes if fmt.nan == "fnuz" else magnitude
-        y = jnp.where(nan == fmt.nan_code, EXPONENT | np.uint32(1 << 22), y)
+        y = jnp.where(nan == fmt.nan_code, NAN, y)
     return from_bits(y)

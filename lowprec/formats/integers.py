@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from lowprec.formats.bits import EXPONENT, MAGNITUDE, SIGN, from_bits, scaled_pattern, to_bits
-from lowprec.formats.floats import round_magnitude
+from lowprec.formats.bits import SIGN, pattern, rescale, to_bits
+from lowprec.formats.floats import Grid, round_on_grid
 from lowprec.formats.rounding import Rounding
 from lowprec.formats.tables import round_table
 from lowprec.formats.types import IntFormat, TableFormat
@@ -24,30 +24,29 @@ def round_int(
     exponent: Int[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
     """x rounded to the values fmt · 2^exponent, as float32. Always saturates: an integer has no code for overflow."""
-    if fmt.midrise:
-        if exponent is not None:
-            raise ValueError(f"{fmt} has no grid scaled by powers of two")
+    if fmt.midrise and exponent is None:
         return _round_midrise(x, fmt, rounding, random)
+    if fmt.midrise:
+        return rescale(_round_midrise(rescale(x, -exponent), fmt, rounding, random), exponent)
     if rounding.kind == "nearest_even" and exponent is None:
         y = jnp.clip(jnp.round(x * (1 / fmt.step)), fmt.min / fmt.step, fmt.max / fmt.step) * fmt.step
         return jnp.where(y == 0, 0.0, y)  # integers have no negative zero, and XLA drops y + 0.0
-    u = to_bits(x)
-    negative = u >= SIGN
-    scaled = lambda bound: scaled_pattern(bound, 0 if exponent is None else exponent)
-    lowest = scaled(-fmt.min) if fmt.signed else np.uint32(0)
-    # Equally spaced values are the subnormals of a float format: one cell, whose quantum is the step.
-    cell = round_magnitude(
-        jnp.minimum(u & MAGNITUDE, jnp.where(negative, lowest, scaled(fmt.max))),
+    return round_on_grid(x, int_grid(fmt), rounding, random, exponent=exponent)
+
+
+def int_grid(fmt: IntFormat) -> Grid:
+    """Equally spaced values are the subnormals of a float format: one cell, whose quantum is the step."""
+    zero = np.uint32(0)
+    return Grid(
         mantissa_bits=23,
-        min_exponent=23 - fmt.fraction_bits + (0 if exponent is None else exponent),
+        min_exponent=23 - fmt.fraction_bits,
         subnormals=True,
-        rounding=rounding,
-        negative=negative,
-        random=random,
+        largest=pattern(fmt.max),
+        lowest=pattern(-fmt.min) if fmt.min else zero,
+        smallest=zero,
+        overflow=zero,
+        negative_zero=False,
     )
-    y = cell.pattern()
-    y = from_bits(y | jnp.where(y == 0, np.uint32(0), u & SIGN))
-    return jnp.where((u & MAGNITUDE) > EXPONENT, x, y)
 
 
 def _round_midrise(x, fmt, rounding, random):

@@ -5,11 +5,12 @@ that number is rounded to the scale's own format (`ScaleSpec`). All of it in flo
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from lowprec.errors import UsageError
 from lowprec.formats.bits import (
     EXPONENT,
     MAGNITUDE,
@@ -24,6 +25,7 @@ from lowprec.formats.bits import (
 from lowprec.formats.blocks import BlockLayout
 from lowprec.formats.floats import round_float
 from lowprec.formats.rounding import Rounding
+from lowprec.formats.traced import TracedFormat
 from lowprec.formats.types import FLOAT32, ElementFormat, FloatFormat, IntFormat, ScaleSpec
 from lowprec.typing import Array, Float, Int
 
@@ -79,7 +81,7 @@ def block_amax(x: Float[Array, "..."], layout: BlockLayout, exact: bool = True) 
 
 def scale_from_amax(
     amax: Float[Array, "..."],
-    element: ElementFormat,
+    element: ElementFormat | TracedFormat,
     spec: ScaleSpec,
     headroom: float = 1.0,
     limit: float | np.float32 | None = None,
@@ -95,7 +97,7 @@ def scale_from_amax(
     """
     if spec.power_of_two and headroom == 1.0:
         return _power_of_two_scale(power_of_two_rule(amax, element, spec.rule), amax)
-    top = np.float32(element.max / headroom)
+    top = jnp.float32(element.max / headroom)
     bits = to_bits(amax)
     finite = bits < EXPONENT
     # Exactly zero only where amax is: a quotient that a CPU flushes to zero still wants the smallest scale.
@@ -141,7 +143,9 @@ def _tensor_scale(bits, largest):
     return jnp.where(top == 0, 1.0, jnp.maximum(divide(from_bits(top), largest), _SMALLEST))
 
 
-def power_of_two_rule(amax: Float[Array, "..."], element: ElementFormat | None, rule: str) -> Int[Array, "..."]:
+def power_of_two_rule(
+    amax: Float[Array, "..."], element: ElementFormat | TracedFormat | None, rule: str
+) -> Int[Array, "..."]:
     """The exponent of an e8m0 scale, -127 to 127 (OCP Microscaling 1.0; the rules as torchao names them).
 
     With amax = 2^E (1 + f) and the largest element 2^e (1 + f_max): floor: E - e (OCP; may clip). ceil: one more when
@@ -151,11 +155,16 @@ def power_of_two_rule(amax: Float[Array, "..."], element: ElementFormat | None, 
     Args:
       element: None stands for a largest element of 1: the rules then round log2(amax) itself.
     """
-    largest = int(pattern(1.0 if element is None else element.max))
+    if isinstance(element, TracedFormat):
+        if rule in ("nearest", "rceil"):
+            raise UsageError(f"the scale rule {rule!r} needs a format that is not traced; rceil_exact does not")
+        largest: Any = to_bits(element.max).astype(jnp.int32)
+    else:
+        largest = int(pattern(1.0 if element is None else element.max))
     top, top_field = (largest & 0x7FFFFF) | 0x800000, largest >> 23
     significand, field = significand_and_field(to_bits(amax))
     floor = field - top_field
-    above, below = _significands(rule, top, _mantissa_bits(element))
+    above, below = _significands(rule, top, _mantissa_bits(element, top_field))
     if rule == "rceil":
         # There the product is subnormal: float32 rounds it to a multiple of 2^-149.
         above = jnp.where(floor == -127, np.uint32(_last_without_carry(top, 24)), np.uint32(above))
@@ -201,7 +210,10 @@ def _power_of_two_scale(exponent, amax):
     return Scale(jnp.where(broken, jnp.nan, power_of_two(exponent)), exponent)
 
 
-def _mantissa_bits(element):
+def _mantissa_bits(element, top_field):
+    """Explicit bits of the significand of the largest element."""
+    if isinstance(element, TracedFormat):
+        return element.mantissa_bits - jnp.maximum(element.min_exponent + 127 - top_field, 0)
     if isinstance(element, FloatFormat):
         return element.mantissa_bits
     return element.bits - 2 if isinstance(element, IntFormat) else 0

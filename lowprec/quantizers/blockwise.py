@@ -1,15 +1,17 @@
 """Rounding an array in blocks with scales: the one routine under `quantize`, `fake_quant` and `qdot`."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lowprec.formats.blocks import BlockLayout, block_layout
-from lowprec.formats.elements import as_float32, noise, round_elements
+from lowprec.formats.elements import as_float32, has_blocks, noise, round_elements
 from lowprec.formats.rounding import Rounding
 from lowprec.formats.scaling import Scale
-from lowprec.formats.types import BlockFormat, Format
+from lowprec.formats.traced import TracedFormat
+from lowprec.formats.types import ElementFormat, Format
 from lowprec.quantizers.scales import AbsMax, ScaleRule
 from lowprec.typing import Array, Float
 
@@ -21,11 +23,16 @@ class Rounded:
     Under `jit` whatever is not used is never computed.
     """
 
-    fmt: Format
+    fmt: Any  # a Format or a TracedFormat
     layout: BlockLayout
     elements: Float[Array, "..."]  # unscaled, split into blocks
     scale: Scale | None  # None: the format has none
     scaled: Float[Array, "..."]  # elements · scale, split into blocks
+
+    @property
+    def element(self) -> ElementFormat | TracedFormat:
+        """The format of the elements."""
+        return self.fmt.element if has_blocks(self.fmt) else self.fmt
 
     @property
     def values(self) -> Float[Array, "..."]:
@@ -35,7 +42,7 @@ class Rounded:
 
 def round_blocks(
     x: Float[Array, "..."],
-    fmt: Format,
+    fmt: Format | TracedFormat,
     axis: int,
     *,
     rule: ScaleRule = AbsMax(),
@@ -52,7 +59,7 @@ def round_blocks(
       pad: fill up axes that the block does not divide.
     """
     x = as_float32(x)
-    if not isinstance(fmt, BlockFormat):
+    if not has_blocks(fmt):
         layout = block_layout(x.shape, "tensor", axis)
         y = round_elements(x, fmt, rounding, noise(rounding, key, x.shape))
         return Rounded(fmt, layout, y, None, y)

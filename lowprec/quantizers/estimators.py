@@ -5,11 +5,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from lowprec.formats.types import BlockFormat
 from lowprec.quantizers.blockwise import Rounded
 from lowprec.typing import Array, Bool, Float
-
-_FLOAT32_RANGE = np.array([np.finfo(np.float32).min, np.finfo(np.float32).max])
 
 
 @dataclass(frozen=True)
@@ -39,12 +36,9 @@ Estimator = StraightThrough | Clip
 
 def inside(x: Float[Array, "..."], rounded: Rounded, margin: float = 0.0) -> Bool[Array, "..."]:
     """Where x, unscaled, lies within the range of the elements extended by the margin."""
-    element = rounded.fmt.element if isinstance(rounded.fmt, BlockFormat) else rounded.fmt
-    low, high = element.min - margin, element.max + margin
+    low, high = rounded.element.min - margin, rounded.element.max + margin
     unscaled = rounded.layout.split(x.astype(jnp.float32))
     if rounded.scale is not None:
-        unscaled = rounded.scale.divide(unscaled)
         # amax times the reciprocal of its own scale may land one rounding past the largest element.
-        high, low = high * (1 + 2**-20), low * (1 + 2**-20)
-    low, high = np.clip((low, high), *_FLOAT32_RANGE)
+        unscaled = rounded.scale.divide(unscaled) * np.float32(1 - 2**-20)
     return rounded.layout.merge((unscaled <= high) & (unscaled >= low))

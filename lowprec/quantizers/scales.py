@@ -97,7 +97,7 @@ class RootMeanSquare:
         if self.centered:
             square = jnp.maximum(square - _mean(blocks, layout) ** 2, 0)
         top = np.float32(self.clip) * jnp.sqrt(square) + np.float32(self.offset)
-        return store_scale(divide(top, np.float32(fmt.element.max)), fmt.scale)
+        return store_scale(divide(top, jnp.float32(fmt.element.max)), fmt.scale)
 
     def __str__(self):
         return f"{self.clip:.5g} · {'deviation' if self.centered else 'rms'}"

@@ -57,7 +57,7 @@ class NumberLine:
             self.odd = codes % 2 == 1
         else:
             self.values = np.array(fmt.values)
-            self.odd = np.arange(len(fmt.values)) % 2 == 1
+            self.odd = (np.arange(len(fmt.values)) + fmt.first_code) % 2 == 1
 
     def _lay_out_float(self, fmt):
         codes = np.arange(2 ** (fmt.exponent_bits + fmt.mantissa_bits))
@@ -112,6 +112,8 @@ class NumberLine:
         near = np.where(positive, index, index + 1)  # the neighbour toward zero, and the one away from it
         far = np.where(positive, index + 1, index)
         middle = (low + high) / 2  # exact: of neighbours in float64
+        if getattr(self.fmt, "midpoints", None):
+            middle = np.array(self.fmt.midpoints)[index]
         tie, past = inside == middle, np.where(positive, inside > middle, inside < middle)
         moves = {
             "nearest_even": past | (tie & self.odd[near]),

@@ -36,7 +36,7 @@ def int_formats(draw):
     return IntFormat(bits, kind != "unsigned", kind == "symmetric", fraction, kind == "midrise")
 
 
-TABLES = [parse(name) for name in ("nf4", "ternary", "binary")]
+TABLES = [parse(name) for name in ("nf4", "ternary", "binary", "posit8", "posit6_es1", "lns6.2", "de4", "ude8", "cmp8")]
 
 
 def element_formats():
