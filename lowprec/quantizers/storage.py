@@ -39,7 +39,8 @@ def save_safetensors(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> N
       UsageError: (a ValueError) the tree holds something else, or safetensors is not installed.
     """
     safetensors, path = _package(), Path(path)
-    tensors, quantized = {}, {}
+    tensors: dict[str, Any] = {}
+    quantized: dict[str, dict[str, Any]] = {}
     for name, leaf in _leaves(tree):
         if isinstance(leaf, QTensor):
             quantized[name] = {"format": _format_name(leaf, name), "shape": leaf.shape, "axis": leaf.axis}
@@ -64,9 +65,8 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
       UsageError: (a ValueError) the file is not whole, or not ours, or safetensors is not installed.
     """
     safetensors, content = _package(), Path(path).read_bytes()
-    tensors: dict[str, Any]
     try:
-        tensors = {name: _array(**tensor) for name, tensor in safetensors.deserialize(content)}
+        tensors: dict[str, Any] = {name: _array(**tensor) for name, tensor in safetensors.deserialize(content)}
     except (safetensors.SafetensorError, KeyError) as error:
         raise UsageError(f"{path} is not a whole safetensors file of known dtypes: {error}") from None
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
