@@ -162,10 +162,12 @@ def timed(function: Callable, repeats: int) -> tuple[float, float]:
 
 
 def page_faults(function: Callable) -> int:
-    for _ in range(6):  # the last one counts: by then the heap has grown
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    """Of a call: the median of some, since the heap grows at first."""
+    counts = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
+    for _ in range(15):
         jax.block_until_ready(function())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    return int(np.median(np.diff(counts)))
 
 
 def rows(case: Case, inputs: dict[int, jax.Array], seconds: float) -> Iterator[dict[str, float]]:
