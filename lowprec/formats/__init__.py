@@ -7,6 +7,7 @@ formats.parse("e2m1fn@1x16/e4m3fn.tensor") == formats.parse("nvfp4")
 
 from lowprec.formats.elements import decode, element_of, encode, round_to, value_table
 from lowprec.formats.grammar import names, parse
+from lowprec.formats.native import format_of, from_native, to_native
 from lowprec.formats.packing import pack, unpack
 from lowprec.formats.random import random_bits
 from lowprec.formats.rounding import Rounding, parse_rounding
@@ -25,6 +26,8 @@ __all__ = [
     "decode",
     "element_of",
     "encode",
+    "format_of",
+    "from_native",
     "names",
     "pack",
     "parse",
@@ -32,6 +35,7 @@ __all__ = [
     "random_bits",
     "round_to",
     "stack_traced",
+    "to_native",
     "traced",
     "traced_fixed",
     "traced_float",

@@ -54,8 +54,8 @@ def round_to(
       ValueError: stochastic rounding without a key; a name that is not known.
       TypeError: x is not of a supported dtype.
     """
-    x = jnp.asarray(x)
-    return _rounded(x, fmt, rounding, key, saturate).astype(x.dtype)
+    y = _rounded(x, fmt, rounding, key, saturate)
+    return y.astype(jnp.asarray(x).dtype)
 
 
 def encode(
@@ -151,15 +151,20 @@ def noise(rounding: Rounding, key: jax.Array | None, shape: tuple[int, ...]) -> 
 
 
 def as_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The exact float32 of a supported input.
+    """The exact float32 of a supported input."""
+    check_dtype(x)
+    return jnp.asarray(x).astype(jnp.float32)
+
+
+def check_dtype(x: Float[Array, "..."]) -> None:
+    """Refuses what would be rounded twice: jax turns numpy's float64 into float32 without a word.
 
     Raises:
-      TypeError: for other dtypes: float64 would be rounded twice.
+      TypeError: for other dtypes than float32, bfloat16 and float16.
     """
-    x = jnp.asarray(x)
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"number formats round float32, bfloat16 and float16, not {x.dtype}")
-    return x.astype(jnp.float32)
+    dtype = getattr(x, "dtype", None) or jnp.asarray(x).dtype
+    if dtype not in _FLOATS:
+        raise TypeError(f"number formats round float32, bfloat16 and float16, not {dtype}: cast it first")
 
 
 def _rounded(x, fmt, rounding, key, saturate):

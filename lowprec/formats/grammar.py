@@ -156,7 +156,23 @@ def _family_fields(family, exponent_bits, mantissa_bits):
     return {"has_inf": False, "nan": "fn" if exponent_bits + mantissa_bits >= 7 else "none"}
 
 
-def float_name(fmt: FloatFormat) -> str:
+def name_of(fmt: Format | ScaleSpec) -> str:
+    """The canonical name: parse(name_of(fmt)) == fmt."""
+    match fmt:
+        case FloatFormat():
+            return _float_name(fmt)
+        case IntFormat():
+            return _int_name(fmt)
+        case ScaleSpec():
+            return _scale_name(fmt)
+        case BlockFormat():
+            block = fmt.block if isinstance(fmt.block, str) else "x".join(map(str, fmt.block))
+            scale = "" if fmt.scale == ScaleSpec() else f"/{fmt.scale}"
+            return f"{fmt.element}@{block}{scale}"
+    return fmt.name
+
+
+def _float_name(fmt):
     """The canonical name: the one in the catalog, else by the grammar, with flags for what the family does not say."""
     known = catalog.name_of(fmt)
     if known:
@@ -186,7 +202,7 @@ def _build_int(match):
     return IntFormat(int(match["bits"]), not match["u"], flag == "_symmetric", fraction, flag == "_midrise")
 
 
-def int_name(fmt: IntFormat) -> str:
+def _int_name(fmt):
     word = f"int{fmt.bits}" if fmt.fraction_bits == 0 else f"fx{fmt.bits}.{fmt.fraction_bits}"
     flag = "_symmetric" if fmt.symmetric else "_midrise" if fmt.midrise else ""
     return f"{'' if fmt.signed else 'u'}{word}{flag}"
@@ -213,18 +229,12 @@ def parse_scale(name: str) -> ScaleSpec:
     return ScaleSpec(element, None, rule == "tensor")
 
 
-def scale_name(scale: ScaleSpec) -> str:
+def _scale_name(scale):
     if scale.format in (FLOAT32, BFLOAT16):
         return {FLOAT32: "f32", BFLOAT16: "bf16"}[scale.format]
     if scale.power_of_two:
         return f"e8m0.{scale.rule}"
     return f"{scale.format}{'.tensor' if scale.per_tensor else ''}"
-
-
-def block_name(fmt: BlockFormat) -> str:
-    block = fmt.block if isinstance(fmt.block, str) else "x".join(map(str, fmt.block))
-    scale = "" if fmt.scale == ScaleSpec() else f"/{fmt.scale}"
-    return f"{fmt.element}@{block}{scale}"
 
 
 def names() -> tuple[str, ...]:

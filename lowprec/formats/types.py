@@ -5,7 +5,7 @@ All are frozen and hashable, hence static under `jit`. `str(fmt)` is the canonic
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,8 +29,15 @@ _NATIVE_FLOATS = {
 }
 
 
+class _Named:
+    def __str__(self: Any):
+        from lowprec.formats import grammar  # the grammar needs the types
+
+        return grammar.name_of(self)
+
+
 @dataclass(frozen=True)
-class FloatFormat:
+class FloatFormat(_Named):
     """A binary floating-point format: value = (-1)^s · 2^(max(e, 1) - bias) · (f / 2^M + [e > 0]).
 
     Args:
@@ -164,14 +171,9 @@ class FloatFormat:
         name = _NATIVE_FLOATS.get((self.exponent_bits, self.mantissa_bits, self.bias, self.nan, self.has_inf))
         return jnp.dtype(getattr(jnp, name)) if name else None
 
-    def __str__(self):
-        from lowprec.formats import grammar  # the grammar needs the types
-
-        return grammar.float_name(self)
-
 
 @dataclass(frozen=True)
-class IntFormat:
+class IntFormat(_Named):
     """An integer or fixed-point format: value = code · 2^-fraction_bits, two's complement when signed.
 
     Args:
@@ -224,11 +226,6 @@ class IntFormat:
         if self.fraction_bits or self.midrise or self.bits not in (2, 4, 8, 16):
             return None
         return jnp.dtype(getattr(jnp, f"{'' if self.signed else 'u'}int{self.bits}"))
-
-    def __str__(self):
-        from lowprec.formats import grammar
-
-        return grammar.int_name(self)
 
 
 @dataclass(frozen=True)
@@ -306,7 +303,7 @@ E8M0_RULES = ("floor", "ceil", "even", "nearest", "rceil", "rceil_exact")
 
 
 @dataclass(frozen=True)
-class ScaleSpec:
+class ScaleSpec(_Named):
     """How the scale of a block is stored.
 
     Args:
@@ -331,14 +328,9 @@ class ScaleSpec:
     def power_of_two(self) -> bool:
         return self.format == E8M0
 
-    def __str__(self):
-        from lowprec.formats import grammar
-
-        return grammar.scale_name(self)
-
 
 @dataclass(frozen=True)
-class BlockFormat:
+class BlockFormat(_Named):
     """Elements that share scales: value = element · scale.
 
     Args:
@@ -392,11 +384,6 @@ class BlockFormat:
     @property
     def dtype(self) -> jnp.dtype | None:
         return self.element.dtype
-
-    def __str__(self):
-        from lowprec.formats import grammar
-
-        return grammar.block_name(self)
 
 
 Format = ElementFormat | BlockFormat

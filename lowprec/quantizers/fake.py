@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lowprec.errors import unknown
-from lowprec.formats.elements import noise
+from lowprec.formats.elements import check_dtype, noise
 from lowprec.formats.grammar import parse
 from lowprec.formats.rounding import Rounding, parse_rounding
 from lowprec.formats.traced import TracedFormat
@@ -49,6 +49,7 @@ def fake_quant(
     Raises:
       ValueError: an unknown name, a block that does not divide the axis, stochastic rounding without a key.
     """
+    check_dtype(x)
     if gradient not in GRADIENTS:
         raise unknown("gradient", gradient, GRADIENTS)
     how = _How(axis, parse_rounding(rounding), pad)

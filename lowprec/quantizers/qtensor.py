@@ -7,9 +7,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from lowprec.errors import UsageError
 from lowprec.formats.blocks import BlockLayout, block_layout
 from lowprec.formats.elements import as_float32, code_dtype, decode, encode_rounded
 from lowprec.formats.grammar import parse
+from lowprec.formats.native import from_native, to_native
 from lowprec.formats.packing import pack, unpack
 from lowprec.formats.rounding import Rounding, parse_rounding
 from lowprec.formats.scaling import Scale
@@ -61,6 +63,52 @@ class QTensor:
         """The values, in the shape of the array; the same as `fake_quant` gives."""
         return _dequantize(self, dtype)
 
+    def to_native(self) -> tuple[Array, Array | None]:
+        """(elements, scales) in jax's own dtypes, e.g. float4_e2m1fn and float8_e8m0fnu, as `jax.nn` takes them.
+
+        The elements have the shape of the array, the scales an entry a block; a second level stays in `tensor_scale`.
+
+        Raises:
+          UsageError: (a ValueError) if jax has no dtype for the elements or for the scales.
+        """
+        scales = self.scales
+        if scales is not None and self.fmt.scale.format not in _NATIVE_SCALES:
+            scales = to_native(scales, self.fmt.scale.format)
+        return to_native(_unpacked(self), _element(self.fmt)), scales
+
+    @classmethod
+    def from_native(
+        cls,
+        elements: Array,
+        scales: Array | None,
+        fmt: str | Format,
+        *,
+        axis: int = -1,
+        tensor_scale: Array | None = None,
+    ) -> "QTensor":
+        """The inverse of `to_native`.
+
+        Raises:
+          UsageError: (a ValueError) if dtypes or shapes are not those of the format.
+        """
+        fmt = parse(fmt)
+        element, codes = _element(fmt), from_native(elements)
+        if elements.dtype != element.dtype:
+            raise UsageError(f"the elements of {fmt} are {element.dtype}, not {elements.dtype}")
+        if _is_packed(element, codes.shape):
+            codes = pack(codes, element.bits)
+        if isinstance(fmt, BlockFormat):
+            dtype = _NATIVE_SCALES.get(fmt.scale.format, fmt.scale.format.dtype)
+            shape = block_layout(elements.shape, fmt.block, axis, pad=True).scale_shape
+            if scales is None or (scales.dtype, scales.shape) != (dtype, shape):
+                found = "none" if scales is None else f"{scales.dtype}{list(scales.shape)}"
+                raise UsageError(f"the scales of {fmt} are {dtype}{list(shape)}, not {found}")
+            if fmt.scale.format not in _NATIVE_SCALES:
+                scales = from_native(scales)
+            if fmt.scale.per_tensor and tensor_scale is None:
+                raise UsageError(f"{fmt} has a second level: tensor_scale is missing")
+        return cls(codes, scales, tensor_scale, fmt, elements.shape, axis)
+
 
 _NATIVE_SCALES = {FLOAT32: jnp.float32, BFLOAT16: jnp.bfloat16}  # those of other formats are stored as codes
 
@@ -106,11 +154,7 @@ def dequantize(q: QTensor, dtype=jnp.float32) -> Float[Array, "..."]:
 
 @partial(jax.jit, static_argnums=1)
 def _dequantize(q, dtype):
-    element = _element(q.fmt)
-    codes = q.codes
-    if _is_packed(element, q.shape):
-        codes = unpack(codes, element.bits, q.shape[-1])
-    elements = decode(codes, element)
+    elements = decode(_unpacked(q), _element(q.fmt))
     if not isinstance(q.fmt, BlockFormat):
         return elements.astype(dtype)
     layout, spec = q.layout, q.fmt.scale
@@ -135,6 +179,11 @@ def _stored_scales(rounded: Rounded):
 
 def _element(fmt: Format) -> ElementFormat:
     return fmt.element if isinstance(fmt, BlockFormat) else fmt
+
+
+def _unpacked(q):
+    element = _element(q.fmt)
+    return unpack(q.codes, element.bits, q.shape[-1]) if _is_packed(element, q.shape) else q.codes
 
 
 def _is_packed(element, shape):

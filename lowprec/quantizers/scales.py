@@ -6,8 +6,10 @@ Every scale is computed in float32 and rounded to the scale format of the block 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lowprec.errors import UsageError
 from lowprec.formats.bits import divide
@@ -16,6 +18,7 @@ from lowprec.formats.elements import round_elements
 from lowprec.formats.rounding import Rounding
 from lowprec.formats.scaling import Scale, block_amax, scale_from_amax, store_scale
 from lowprec.formats.types import BlockFormat
+from lowprec.quantizers.gaussian import optimal_clip
 from lowprec.typing import Array, Float
 
 
@@ -67,12 +70,8 @@ class FourOverSix:
         six = scale_from_amax(amax, fmt.element, fmt.scale, limit=self.limit)
         wanted = divide(amax, np.float32(fmt.element.max)) * np.float32(1.5)
         four = store_scale(wanted, fmt.scale, tensor=six.tensor)
-        errors = [self._squared_error(blocks, scale, layout, fmt) for scale in (six, four)]
+        errors = [squared_error(blocks, scale, layout, fmt) for scale in (six, four)]
         return six._replace(block=jnp.where(errors[0] <= errors[1], six.block, four.block))
-
-    def _squared_error(self, blocks, scale, layout, fmt):
-        rounded = scale.multiply(round_elements(scale.divide(blocks), fmt.element, Rounding()))
-        return jnp.sum((rounded - blocks) ** 2, axis=layout.members, keepdims=True)
 
     def __str__(self):
         return "absmax on 6 or 4"
@@ -83,12 +82,12 @@ class RootMeanSquare:
     """The largest element stands at `clip` root mean squares of the block (QuEST, arXiv 2502.05003).
 
     Args:
-      clip: in root mean squares.
+      clip: in root mean squares; None takes what is best for the elements on Gaussian data (`optimal_clip`).
       offset: added to where the largest element stands, so that a block of zeros has a scale.
       centered: take the standard deviation of the block instead (Quartet, arXiv 2505.14669).
     """
 
-    clip: float
+    clip: float | None = None
     offset: float = 1e-8
     centered: bool = False
 
@@ -96,11 +95,13 @@ class RootMeanSquare:
         square = _mean(blocks * blocks, layout)
         if self.centered:
             square = jnp.maximum(square - _mean(blocks, layout) ** 2, 0)
-        top = np.float32(self.clip) * jnp.sqrt(square) + np.float32(self.offset)
+        clip = optimal_clip(fmt) if self.clip is None else self.clip
+        top = np.float32(clip) * jnp.sqrt(square) + np.float32(self.offset)
         return store_scale(divide(top, jnp.float32(fmt.element.max)), fmt.scale)
 
     def __str__(self):
-        return f"{self.clip:.5g} · {'deviation' if self.centered else 'rms'}"
+        clip = "best clip" if self.clip is None else f"{self.clip:.5g}"
+        return f"{clip} · {'deviation' if self.centered else 'rms'}"
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,83 @@ class AbsMean:
 
     def __str__(self):
         return "absmean"
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """A percentile of the magnitudes of a block maps to the largest element; what lies beyond it clips.
+
+    Args:
+      percent: 0 to 100, interpolated as numpy does; 100 is `AbsMax`.
+    """
+
+    percent: float = 99.9
+
+    def __post_init__(self):
+        if not 0 < self.percent <= 100:
+            raise UsageError(f"a percentile lies between 0 and 100, not at {self.percent}")
+
+    def __call__(self, blocks, layout, fmt):
+        magnitudes = jnp.abs(blocks)
+        if layout.padded != layout.shape:
+            magnitudes = jnp.where(layout.split(jnp.ones(layout.shape, bool)), magnitudes, jnp.nan)
+        top = jnp.nanpercentile(magnitudes, self.percent, axis=layout.members, keepdims=True)
+        broken = jnp.any(jnp.isnan(blocks), axis=layout.members, keepdims=True)
+        return scale_from_amax(jnp.where(broken, jnp.nan, top), fmt.element, fmt.scale)
+
+    def __str__(self):
+        return f"{self.percent:g}th percentile"
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """Of several scales, fractions of the absmax one, the one with the least squared error of rounding to nearest.
+
+    A search of the kind that GPTQ and AWQ do (arXiv 2210.17323, 2306.00978), block by block. It costs one rounding a
+    candidate. Powers of two are searched from twice the absmax scale, which may clip, downwards.
+
+    Args:
+      candidates: how many, equally spaced from 1 down to `least`.
+      least: the smallest fraction.
+    """
+
+    candidates: int = 25
+    least: float = 0.4
+
+    def __post_init__(self):
+        if self.candidates < 1 or not 0 < self.least <= 1:
+            raise UsageError(f"a search has one candidate or more, between 0 and 1 of absmax; not {self}")
+
+    def __call__(self, blocks, layout, fmt):
+        amax = block_amax(blocks, layout, exact=fmt.scale.power_of_two)
+        first = scale_from_amax(amax, fmt.element, fmt.scale)
+        fractions = np.linspace(1, self.least, self.candidates, dtype=np.float32)[1:]
+        if fmt.scale.power_of_two:
+            exponents = np.arange(1, np.floor(np.log2(self.least)) - 1, -1)
+            fractions = np.exp2(exponents[exponents != 0]).astype(np.float32)
+        wanted = first.total()
+
+        def better(best, fraction):
+            scale = store_scale(wanted * fraction, fmt.scale, tensor=first.tensor)
+            error = squared_error(blocks, scale, layout, fmt)
+            choose = error < best[1]
+            merged = jax.tree.map(lambda new, old: jnp.where(choose, new, old), scale._replace(tensor=None), best[0])
+            return (merged, jnp.where(choose, error, best[1])), None
+
+        start = (first._replace(tensor=None), squared_error(blocks, first, layout, fmt))
+        (best, _), _ = lax.scan(better, start, fractions)
+        return best._replace(tensor=first.tensor)
+
+    def __str__(self):
+        return f"least squares of {self.candidates}"
+
+
+def squared_error(
+    blocks: Float[Array, "..."], scale: Scale, layout: BlockLayout, fmt: BlockFormat
+) -> Float[Array, "..."]:
+    """Of rounding each block to nearest with a scale."""
+    rounded = scale.multiply(round_elements(scale.divide(blocks), fmt.element, Rounding()))
+    return jnp.sum((rounded - blocks) ** 2, axis=layout.members, keepdims=True)
 
 
 def _mean(blocks, layout):

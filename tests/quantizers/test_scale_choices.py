@@ -8,7 +8,7 @@ import pytest
 from lowprec import formats
 from lowprec.errors import UsageError
 from lowprec.formats import Rounding, parse
-from lowprec.quantizers import AbsMax, AbsMean, FourOverSix, RootMeanSquare, round_blocks
+from lowprec.quantizers import AbsMax, AbsMean, FourOverSix, LeastSquares, Percentile, RootMeanSquare, round_blocks
 from lowprec.quantizers.scales import ScaleRule
 
 RULES = (
@@ -18,7 +18,10 @@ RULES = (
     AbsMax(floor=1e-4),
     FourOverSix(),
     RootMeanSquare(2.5),
+    RootMeanSquare(),
     AbsMean(),
+    Percentile(99.0),
+    LeastSquares(5),
 )
 
 
@@ -35,6 +38,10 @@ def test_every_rule_gives_every_format_a_scale_it_can_store(rule, name):
     x = jnp.asarray(data((128, 256)))
     if isinstance(rule, FourOverSix) and fmt.scale.power_of_two:
         with pytest.raises(UsageError, match="powers of two cannot choose between"):
+            round_blocks(x, fmt, -1, rule=rule)
+        return
+    if rule == RootMeanSquare() and fmt.bits > 12:
+        with pytest.raises(ValueError, match="12 bits"):
             round_blocks(x, fmt, -1, rule=rule)
         return
     scale = jax.jit(lambda x: round_blocks(x, fmt, -1, rule=rule).scale)(x)
@@ -121,3 +128,47 @@ def test_zeros_that_fill_up_a_block_do_not_count(rule, block):
 def test_half_precision_blocks_have_float32_scales(rule):
     scale = round_blocks(jnp.asarray(data(), jnp.bfloat16), parse("nvfp4"), -1, rule=rule, rounding=Rounding()).scale
     assert scale.block.dtype == scale.tensor.dtype == jnp.float32
+
+
+def test_percentiles_are_those_of_numpy_without_the_padding():
+    x = data((8, 100))
+    fmt = parse("int8_symmetric@1x64")
+    scale = jax.jit(lambda x: round_blocks(x, fmt, -1, rule=Percentile(95.0), pad=True).scale.block)(x)
+    expected = [[np.percentile(np.abs(part), 95.0) / 127 for part in (row[:64], row[64:])] for row in x]
+    np.testing.assert_allclose(np.asarray(scale).reshape(8, 2), expected, rtol=1e-6)
+    whole = jax.jit(lambda x, rule: round_blocks(x, fmt, -1, rule=rule, pad=True).values, static_argnums=1)
+    np.testing.assert_array_equal(whole(x, Percentile(100.0)), whole(x, AbsMax()))
+    x[0, 0] = np.nan
+    assert np.isnan(np.asarray(whole(x, Percentile(95.0)))[0, :64]).all()
+
+
+@pytest.mark.parametrize("name", ["int4_symmetric@1x64", "mxfp4", "nvfp4", "int3_symmetric@row/bf16"])
+def test_the_search_finds_the_candidate_of_least_error(name):
+    x, fmt = jnp.asarray(data((16, 128))), parse(name)
+    values = jax.jit(lambda x, rule: round_blocks(x, fmt, -1, rule=rule).values, static_argnums=1)
+    found = np.asarray(values(x, LeastSquares(7, 0.4)))
+    # By brute force: each candidate alone, by a headroom below 1, then the best of each block.
+    fractions = (1.0, 2.0, 0.5, 0.25) if fmt.scale.power_of_two else np.linspace(1, 0.4, 7)
+    size = fmt.block[1] if fmt.block != "row" else 128
+    error = lambda y: np.sum((np.asarray(y, np.float64) - x).reshape(-1, size) ** 2, axis=1)
+    alone = [error(by_fraction(x, fmt, float(fraction))) for fraction in fractions]
+    np.testing.assert_allclose(error(found), np.min(alone, axis=0), rtol=1e-4)
+    assert np.any(error(found) < 0.9 * alone[0])
+
+
+def by_fraction(x, fmt, fraction):
+    """Rounded with the absmax scale times a fraction, in numpy."""
+    from lowprec.formats.scaling import store_scale
+
+    absmax = jax.jit(lambda x: round_blocks(x, fmt, -1).scale)(x)
+    layout = round_blocks(x, fmt, -1).layout
+    scale = store_scale(absmax.total() * np.float32(fraction), fmt.scale, tensor=absmax.tensor)
+    elements = formats.round_to(scale.divide(layout.split(x)), fmt.element)
+    return layout.merge(scale.multiply(elements))
+
+
+def test_what_is_no_percentile_or_no_search_is_refused():
+    with pytest.raises(ValueError, match="percentile"):
+        Percentile(0)
+    with pytest.raises(ValueError, match="candidate"):
+        LeastSquares(0)
