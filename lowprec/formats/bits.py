@@ -91,6 +91,47 @@ def rescale(x: Float[Array, "..."], exponent: Int[Array, "..."]) -> Float[Array,
     return from_bits(jnp.where((a == 0) | (a >= EXPONENT), a, product) | (bits & SIGN))
 
 
+def grid_factors(exponent: Int[Array, "..."]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """What `onto_grid` and `off_grid` multiply by, for -127 <= exponent <= 127.
+
+    Two factors make 2^±exponent, of which CPUs would flush 2^-127 to zero; the third counts subnormals in units of 2^-149.
+    """
+    half = exponent >> 1
+    down = power_of_two(-half), power_of_two(half - exponent), power_of_two(jnp.maximum(-149 - exponent, -126))
+    up = power_of_two(half), power_of_two(exponent - half), power_of_two(jnp.minimum(exponent + 149, 126))
+    return down, up
+
+
+def onto_grid(x: Float[Array, "..."], down: tuple[Array, ...]) -> Float[Array, "..."]:
+    """x · 2^-exponent, as far as rounding to values between 2^-60 and 2^60 can tell; cheaper than `rescale`.
+
+    Exact above 2^-120; what lies below, and is not zero, comes out below 2^-100 and is not zero.
+    """
+    bits = to_bits(x)
+    a = bits & MAGNITUDE
+    product = at_least(jnp.abs(x) * down[0] * down[1], np.float32(2.0**-120))
+    units = a.astype(jnp.int32).astype(jnp.float32) * down[2]
+    return from_bits(to_bits(jnp.where(a < IMPLICIT, units, product)) | (bits & SIGN))
+
+
+def off_grid(y: Float[Array, "..."], up: tuple[Array, ...]) -> Float[Array, "..."]:
+    """y · 2^exponent for zeros and numbers between 2^-60 and 2^60, float32's subnormals included."""
+    bits = to_bits(y)
+    product, units = jnp.abs(y) * up[0] * up[1], jnp.abs(y) * up[2]
+    subnormal = jnp.round(units).astype(jnp.int32).astype(jnp.uint32)
+    return from_bits(jnp.where(units < np.float32(2.0**23), subnormal, to_bits(product)) | (bits & SIGN))
+
+
+def at_least(x: Float[Array, "..."], low: float | np.float32) -> Float[Array, "..."]:
+    """max(x, low), NaN where x is: XLA's own maximum and minimum on CPUs may take the other argument."""
+    return jnp.where(x < low, low, x)
+
+
+def clip_keeping_nan(x: Float[Array, "..."], low: float, high: float) -> Float[Array, "..."]:
+    """x within bounds, NaN where x is."""
+    return jnp.where(x > high, high, at_least(x, low))
+
+
 def divide(x: Float[Array, "..."], y: Float[Array, "..."] | np.float32) -> Float[Array, "..."]:
     """x / y correctly rounded, for finite x. XLA turns a division by a scalar into a product with its reciprocal,
     an ulp away in a third of the cases; it does not where the divisor is an array that it cannot see through.

@@ -41,8 +41,15 @@ class Cell:
     base: Int[Array, "..."]  # exponent field of the unit of m
     binade: Int[Array, "..."]  # binades above the smallest normal one
 
-    def pattern(self) -> UInt32[Array, "..."]:
-        """float32 bits of k · quantum."""
+    def pattern(self, normal: bool) -> UInt32[Array, "..."]:
+        """float32 bits of k · quantum.
+
+        Args:
+          normal: no quantum is subnormal, so that a product of floats will do.
+        """
+        if normal:
+            exponent = self.base + self.shift.astype(jnp.int32) - 23
+            return to_bits(self.k.astype(jnp.int32).astype(jnp.float32) * from_bits(exponent.astype(jnp.uint32) << 23))
         beyond = jnp.maximum(self.shift, 24) - 24  # k is 0 or 1 there, and the quantum lies above the binade of m
         bits = ((self.base + beyond.astype(jnp.int32) - 1).astype(jnp.uint32) << 23) + (self.k << (self.shift - beyond))
         return jnp.where(self.k == 0, _ZERO, bits)
@@ -65,9 +72,9 @@ def round_magnitude(
     m = a - ((base - 1).astype(jnp.uint32) << 23)
     field = exponent_field(a) if deep else base
     smallest = min_exponent + 127
-    binade = jnp.maximum(field - smallest, 0)
+    binade = jnp.maximum(field, smallest)
     cell_bits = jnp.where(subnormals | (field >= smallest), mantissa_bits, 0)
-    dropped = jnp.maximum(binade + smallest - cell_bits - (base - 23), 0).astype(jnp.uint32)
+    dropped = jnp.maximum(binade - base + (23 - cell_bits), 0).astype(jnp.uint32)
     shift = jnp.minimum(dropped, 31)
     if rounding.stochastic:
         # Below 2^-8 quanta δ is kept to 31 bits, so that far values round up as rarely as they should.
@@ -77,7 +84,7 @@ def round_magnitude(
             kept = kept | (kept << beyond != m).astype(jnp.uint32)  # ties and zero are told from what lies above them
         m = kept
     m, plus = increment(rounding, m, shift, negative, random)
-    return Cell((m + plus) >> shift, dropped, base, binade)
+    return Cell((m + plus) >> shift, dropped, base, binade - smallest)
 
 
 class Grid(NamedTuple):
@@ -146,13 +153,17 @@ def round_on_grid(
         negative=negative,
         random=random,
     )
-    y = cell.pattern()
+    y = cell.pattern(normal=isinstance(grid.min_exponent, int) and exponent is None and _quanta_are_normal(grid))
     if not saturate:
         over = ((y > limit) | (a >= EXPONENT)) & (limit != 0)
         back = (a < EXPONENT) & _rounds_back(rounding, negative)
         y = jnp.where(over, jnp.where(back | (grid.overflow == 0), limit, grid.overflow), y)
     sign = jnp.where((y == 0) & ~jnp.bool_(grid.negative_zero), _ZERO, u & SIGN)
     return from_bits(jnp.where(a > EXPONENT, a | NAN, y | sign))
+
+
+def _quanta_are_normal(grid):
+    return grid.min_exponent - grid.mantissa_bits >= -126 and bool(grid.subnormals)
 
 
 def _rounds_back(rounding, negative):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from lowprec.formats.bits import SIGN, pattern, rescale, to_bits
+from lowprec.formats.bits import SIGN, clip_keeping_nan, pattern, rescale, to_bits
 from lowprec.formats.floats import Grid, round_on_grid
 from lowprec.formats.rounding import Rounding
 from lowprec.formats.tables import round_table
@@ -29,7 +29,7 @@ def round_int(
     if fmt.midrise:
         return rescale(_round_midrise(rescale(x, -exponent), fmt, rounding, random), exponent)
     if rounding.kind == "nearest_even" and exponent is None:
-        y = jnp.clip(jnp.round(x * (1 / fmt.step)), fmt.min / fmt.step, fmt.max / fmt.step) * fmt.step
+        y = clip_keeping_nan(jnp.round(x * (1 / fmt.step)), fmt.min / fmt.step, fmt.max / fmt.step) * fmt.step
         return jnp.where(y == 0, 0.0, y)  # integers have no negative zero, and XLA drops y + 0.0
     return round_on_grid(x, int_grid(fmt), rounding, random, exponent=exponent)
 
@@ -50,7 +50,7 @@ def int_grid(fmt: IntFormat) -> Grid:
 
 
 def _round_midrise(x, fmt, rounding, random):
-    z = jnp.clip(x * (1 / fmt.step), fmt.min / fmt.step, fmt.max / fmt.step)
+    z = clip_keeping_nan(x * (1 / fmt.step), fmt.min / fmt.step, fmt.max / fmt.step)
     if rounding.kind != "nearest_even":
         return round_table(x, TableFormat(str(fmt), tuple(value_list(fmt).tolist())), rounding, random)
     # Cells are [n, n + 1) with the value n + ½; at an integer the even of the codes n - 1 and n wins.

@@ -5,10 +5,12 @@ that number is rounded to the scale's own format (`ScaleSpec`). All of it in flo
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lowprec.errors import UsageError
 from lowprec.formats.bits import (
@@ -16,6 +18,9 @@ from lowprec.formats.bits import (
     MAGNITUDE,
     divide,
     from_bits,
+    grid_factors,
+    off_grid,
+    onto_grid,
     pattern,
     power_of_two,
     rescale,
@@ -50,31 +55,89 @@ class Scale(NamedTuple):
 
     def divide(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """x / scale: exact for powers of two, else a product with the reciprocal of the scale."""
-        if self.exponent is not None:
-            return jnp.where(jnp.isnan(self.block), jnp.nan, rescale(x, -self.exponent))
-        inverse = 1 / self.block if self.tensor is None else (1 / self.tensor) / self.block
-        return x * inverse
+        return self.scaler().divide(x)
 
     def multiply(self, elements: Float[Array, "..."]) -> Float[Array, "..."]:
         """elements · scale, the values."""
-        if self.exponent is not None:
-            return jnp.where(jnp.isnan(self.block), jnp.nan, rescale(elements, self.exponent))
-        y = elements * self.block
-        return y if self.tensor is None else y * self.tensor
+        return self.scaler().multiply(elements)
+
+    def scaler(self, element: ElementFormat | TracedFormat | None = None) -> "Scaler":
+        """Ready to scale many values, which are rounded to `element`."""
+        if self.exponent is None:
+            inverse = 1 / self.block if self.tensor is None else (1 / self.tensor) / self.block
+            up = (self.block,) if self.tensor is None else (self.block, self.tensor)
+            return Scaler("product", (inverse,), up)
+        broken = jnp.isnan(self.block)
+        if not ordinary(element):
+            return Scaler("exact", (-self.exponent, broken), (self.exponent, broken))
+        down, up = grid_factors(self.exponent)
+        return Scaler("grid", *(tuple(jnp.where(broken, jnp.nan, f) for f in factors) for factors in (down, up)))
 
     def total(self) -> Float[Array, "..."]:
         return self.block if self.tensor is None else self.block * self.tensor
 
 
-def block_amax(x: Float[Array, "..."], layout: BlockLayout, exact: bool = True) -> Float[Array, "..."]:
-    """max |x| of each block of a split array; NaN when the block holds one.
+@dataclass(frozen=True)
+class Scaler:
+    """A scale with all that is computed once a block.
 
     Args:
-      exact: also where the whole block is subnormal, which CPUs take for zero. Scales that cannot be so small do not
-        need it, and XLA's float maximum is several times faster.
+      kind: how values are scaled: "product": by products; "exact": by powers of two, on bit patterns; "grid": by
+        powers of two, as far as rounding to an ordinary format can tell, which is cheaper.
+      down, up: the operands of `divide` and of `multiply`, one an entry a block.
     """
-    if not exact:
-        return jnp.max(jnp.abs(x), axis=layout.members, keepdims=True, initial=0)
+
+    kind: str
+    down: tuple[Array, ...]
+    up: tuple[Array, ...]
+
+    def settled(self) -> "Scaler":
+        """The same, kept from being computed again for every value, as XLA's fusions do."""
+        return Scaler(self.kind, *lax.optimization_barrier((self.down, self.up)))
+
+    def divide(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self._scaled(x, self.down, onto_grid)
+
+    def multiply(self, elements: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self._scaled(elements, self.up, off_grid)
+
+    def _scaled(self, x, operands, by_grid):
+        if self.kind == "grid":
+            return by_grid(x, operands)
+        if self.kind == "exact":
+            exponent, broken = operands
+            return jnp.where(broken, jnp.nan, rescale(x, exponent))
+        for factor in operands:
+            x = x * factor
+        return x
+
+
+def ordinary(element: ElementFormat | TracedFormat | None) -> bool:
+    """Whether all values lie between 2^-60 and 2^60, far from the ends of float32."""
+    if element is None or isinstance(element, TracedFormat):
+        return False
+    return element.min_subnormal >= 2.0**-60 and max(element.max, -element.min) <= 2.0**60
+
+
+def block_amax(
+    x: Float[Array, "..."],
+    layout: BlockLayout,
+    spec: ScaleSpec | None = None,
+    element: ElementFormat | TracedFormat | None = None,
+) -> Float[Array, "..."]:
+    """max |x| of each block of a split array; infinity or NaN when the block holds one of them.
+
+    Args:
+      spec, element: what the scale is for. Scales that cannot be so small do not tell a block of subnormals, which CPUs
+        take for zero, from zeros, and XLA's float maximum is several times faster than the integer one. None: exact.
+    """
+    # Powers of two end at 2^-127: with a largest element of 2 or more, all subnormal maxima have that scale.
+    if spec is not None and (not spec.power_of_two or (ordinary(element) and element.max >= 2)):
+        # XLA's maximum on CPUs takes no notice of NaN; a sum of zeros does, of infinity too. The fusion of these three
+        # is several times faster there than that of a maximum of magnitudes.
+        over = {"axis": layout.members, "keepdims": True}
+        highest, lowest = jnp.max(x, initial=0, **over), jnp.min(x, initial=0, **over)
+        return jnp.maximum(highest, -lowest) + jnp.sum(0 * x, **over)
     # On bit patterns the order is that of the magnitudes, with NaN above all: nothing is flushed to zero.
     return from_bits(_max_bits(to_bits(x) & MAGNITUDE, axis=layout.members, keepdims=True))
 

@@ -111,11 +111,24 @@ def _index_by_midpoints(place, fmt, kind):
 def _count_reached(place: Int[Array, "..."], thresholds: np.ndarray) -> UInt32[Array, "..."]:
     thresholds = _order_of(thresholds)
     if len(thresholds) >= _COMPARISONS_UP_TO:
-        return jnp.searchsorted(jnp.asarray(thresholds), place, side="right").astype(jnp.uint32)
+        return _count_by_prefix(place, thresholds)
     count = jnp.zeros(place.shape, jnp.uint32)
     for threshold in thresholds:
         count = count + (place >= threshold).astype(jnp.uint32)
     return count
+
+
+def _count_by_prefix(place, thresholds):
+    """The leading 16 bits look up how many thresholds lie below their cell; those inside it are compared with."""
+    starts = np.arange(-(1 << 15), 1 << 15, dtype=np.int64) << 16
+    below = np.searchsorted(thresholds, starts, side="right")
+    inside = int(np.max(np.diff(np.append(below, len(thresholds)))))
+    padded = np.append(thresholds, np.full(inside, np.iinfo(np.int32).max)).astype(np.int32)
+    first = jnp.asarray(below.astype(np.int32))[(place >> 16) + (1 << 15)]
+    count = first
+    for step in range(inside):
+        count = count + (place >= jnp.asarray(padded)[first + step])
+    return count.astype(jnp.uint32)
 
 
 def _order(x: Float[Array, "..."]) -> Int[Array, "..."]:

@@ -70,7 +70,7 @@ class Kept:
         if self.fmt is None:
             return Operand(name, self.array, None)
         elements = self.array.astype(jnp.float32)
-        scaled = elements if self.scale is None else self.scale.multiply(elements)
+        scaled = elements if self.scale is None else self.scale.scaler(self.fmt.element).multiply(elements)
         return Operand(name, self.layout.merge(scaled), Rounded(self.fmt, self.layout, elements, self.scale, scaled))
 
 

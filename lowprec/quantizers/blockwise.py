@@ -68,10 +68,11 @@ def round_blocks(
     random = None if random is None else random.reshape(layout.split_shape)
     blocks = layout.split(x)
     scale = rule(blocks, layout, fmt)
-    elements = round_elements(scale.divide(blocks), fmt.element, rounding, random)
-    if scale.exponent is None:
-        return Rounded(fmt, layout, elements, scale, scale.multiply(elements))
-    # The grid is scaled, not the values: exact where a product with a power of two would be flushed to zero.
+    scaler = scale.scaler(fmt.element).settled()
+    elements = round_elements(scaler.divide(blocks), fmt.element, rounding, random)
+    if scaler.kind != "exact":
+        return Rounded(fmt, layout, elements, scale, scaler.multiply(elements))
+    # The grid is scaled, not the values: exact also where a quotient or a product leaves float32.
     scaled = round_elements(blocks, fmt.element, rounding, random, exponent=scale.exponent)
     broken = jnp.isnan(scale.block)
     return Rounded(fmt, layout, elements, scale, jnp.where(broken, jnp.nan, scaled))

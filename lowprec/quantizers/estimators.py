@@ -40,5 +40,5 @@ def inside(x: Float[Array, "..."], rounded: Rounded, margin: float = 0.0) -> Boo
     unscaled = rounded.layout.split(x.astype(jnp.float32))
     if rounded.scale is not None:
         # amax times the reciprocal of its own scale may land one rounding past the largest element.
-        unscaled = rounded.scale.divide(unscaled) * np.float32(1 - 2**-20)
+        unscaled = rounded.scale.scaler(rounded.element).divide(unscaled) * np.float32(1 - 2**-20)
     return rounded.layout.merge((unscaled <= high) & (unscaled >= low))

@@ -164,7 +164,7 @@ def _dequantize(q, dtype):
     else:
         block = stored.astype(jnp.float32) if spec.format in _NATIVE_SCALES else decode(stored, spec.format)
         scale = Scale(block, None, q.tensor_scale)
-    return layout.merge(scale.multiply(blocks)).astype(dtype)
+    return layout.merge(scale.scaler(q.fmt.element).multiply(blocks)).astype(dtype)
 
 
 def _stored_scales(rounded: Rounded):

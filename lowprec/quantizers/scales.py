@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from lowprec.errors import UsageError
-from lowprec.formats.bits import divide
+from lowprec.formats.bits import at_least, divide
 from lowprec.formats.blocks import BlockLayout
 from lowprec.formats.elements import round_elements
 from lowprec.formats.rounding import Rounding
@@ -43,9 +43,9 @@ class AbsMax:
     floor: float = 0.0
 
     def __call__(self, blocks, layout, fmt):
-        amax = block_amax(blocks, layout, exact=fmt.scale.power_of_two)
+        amax = block_amax(blocks, layout, fmt.scale, fmt.element if self.headroom == 1 else None)
         if self.floor:
-            amax = jnp.maximum(amax, np.float32(self.floor))
+            amax = at_least(amax, np.float32(self.floor))
         return scale_from_amax(amax, fmt.element, fmt.scale, self.headroom, self.limit)
 
     def __str__(self):
@@ -66,7 +66,7 @@ class FourOverSix:
     def __call__(self, blocks, layout, fmt):
         if fmt.scale.power_of_two:
             raise UsageError(f"powers of two cannot choose between amax on 6 and amax on 4: {fmt}")
-        amax = block_amax(blocks, layout, exact=False)
+        amax = block_amax(blocks, layout, fmt.scale)
         six = scale_from_amax(amax, fmt.element, fmt.scale, limit=self.limit)
         wanted = divide(amax, np.float32(fmt.element.max)) * np.float32(1.5)
         four = store_scale(wanted, fmt.scale, tensor=six.tensor)
@@ -94,7 +94,7 @@ class RootMeanSquare:
     def __call__(self, blocks, layout, fmt):
         square = _mean(blocks * blocks, layout)
         if self.centered:
-            square = jnp.maximum(square - _mean(blocks, layout) ** 2, 0)
+            square = at_least(square - _mean(blocks, layout) ** 2, 0)
         clip = optimal_clip(fmt) if self.clip is None else self.clip
         top = np.float32(clip) * jnp.sqrt(square) + np.float32(self.offset)
         return store_scale(divide(top, jnp.float32(fmt.element.max)), fmt.scale)
@@ -111,7 +111,7 @@ class AbsMean:
     floor: float = 1e-5
 
     def __call__(self, blocks, layout, fmt):
-        return store_scale(jnp.maximum(_mean(jnp.abs(blocks), layout), np.float32(self.floor)), fmt.scale)
+        return store_scale(at_least(_mean(jnp.abs(blocks), layout), np.float32(self.floor)), fmt.scale)
 
     def __str__(self):
         return "absmean"
@@ -136,7 +136,7 @@ class Percentile:
         if layout.padded != layout.shape:
             magnitudes = jnp.where(layout.split(jnp.ones(layout.shape, bool)), magnitudes, jnp.nan)
         top = jnp.nanpercentile(magnitudes, self.percent, axis=layout.members, keepdims=True)
-        broken = jnp.any(jnp.isnan(blocks), axis=layout.members, keepdims=True)
+        broken = jnp.any(~jnp.isfinite(blocks), axis=layout.members, keepdims=True)
         return scale_from_amax(jnp.where(broken, jnp.nan, top), fmt.element, fmt.scale)
 
     def __str__(self):
@@ -163,7 +163,7 @@ class LeastSquares:
             raise UsageError(f"a search has one candidate or more, between 0 and 1 of absmax; not {self}")
 
     def __call__(self, blocks, layout, fmt):
-        amax = block_amax(blocks, layout, exact=fmt.scale.power_of_two)
+        amax = block_amax(blocks, layout, fmt.scale, fmt.element)
         first = scale_from_amax(amax, fmt.element, fmt.scale)
         fractions = np.linspace(1, self.least, self.candidates, dtype=np.float32)[1:]
         if fmt.scale.power_of_two:
@@ -190,7 +190,8 @@ def squared_error(
     blocks: Float[Array, "..."], scale: Scale, layout: BlockLayout, fmt: BlockFormat
 ) -> Float[Array, "..."]:
     """Of rounding each block to nearest with a scale."""
-    rounded = scale.multiply(round_elements(scale.divide(blocks), fmt.element, Rounding()))
+    scaler = scale.scaler(fmt.element).settled()
+    rounded = scaler.multiply(round_elements(scaler.divide(blocks), fmt.element, Rounding()))
     return jnp.sum((rounded - blocks) ** 2, axis=layout.members, keepdims=True)
 
 

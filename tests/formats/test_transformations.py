@@ -7,7 +7,7 @@ import op_by_op
 import pytest
 from number_line import DETERMINISTIC, NumberLine
 
-from lowprec import formats
+from lowprec import fake_quant, formats, quantize
 from lowprec.formats import parse
 
 ELEMENTS = [
@@ -70,9 +70,12 @@ def test_float64_is_refused_because_it_would_be_rounded_twice():
         formats.round_to(jnp.ones(3, jnp.float64), "e4m3fn")
 
 
-def test_python_numbers_and_numpy_arrays_are_taken_as_jax_takes_them():
+def test_python_numbers_and_numpy_arrays_are_taken_but_nothing_is_rounded_twice():
     assert formats.round_to(3.3, "e4m3fn") == 3.25
-    np.testing.assert_array_equal(formats.round_to(np.array([3.3, -0.1]), "int4"), [3, 0])
+    np.testing.assert_array_equal(formats.round_to(np.array([3.3, -0.1], np.float32), "int4"), [3, 0])
+    for function in (formats.round_to, formats.encode, quantize, fake_quant):  # jax would make it float32, unasked
+        with pytest.raises(TypeError, match="not float64"):
+            function(np.array([3.3, -0.1]), "e4m3fn")
     with pytest.raises(TypeError, match="not int32"):
         formats.round_to(3, "e4m3fn")
 

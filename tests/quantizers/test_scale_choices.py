@@ -51,6 +51,24 @@ def test_every_rule_gives_every_format_a_scale_it_can_store(rule, name):
     assert (scale.tensor is None) == (not fmt.scale.per_tensor)
 
 
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxint8", "int4@row", "e4m3fn@tensor"])
+@pytest.mark.parametrize("culprit", [np.nan, np.inf, -np.inf])
+def test_a_number_that_is_none_spoils_its_block_and_no_other(rule, name, culprit):
+    fmt = parse(name)
+    if isinstance(rule, FourOverSix) and fmt.scale.power_of_two:
+        pytest.skip("there is no such rule for powers of two")
+    x = data((4, 128))
+    x[1, 70] = culprit
+    values = jax.jit(lambda x: (lambda r: (r.values, r.layout.merge(jnp.isnan(r.scale.block))))(
+        round_blocks(x, fmt, -1, rule=rule)
+    ))  # fmt: skip
+    values, spoilt = values(x)
+    size = {"row": 128, "tensor": 512}.get(fmt.block) or fmt.block[1]
+    assert np.isnan(values).sum() == size and np.isnan(values[1, 70])
+    np.testing.assert_array_equal(np.isnan(values), spoilt)
+
+
 def test_headroom_of_17_16_keeps_nvfp4_from_clipping():
     # A scale rounded to e4m3 may be 1/16 too small; stochastic rounding must not see more than 6.
     x = jnp.asarray(data((512, 1024)))
