@@ -94,7 +94,7 @@ def rescale(x: Float[Array, "..."], exponent: Int[Array, "..."]) -> Float[Array,
 def grid_factors(exponent: Int[Array, "..."]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """What `onto_grid` and `off_grid` multiply by, for -127 <= exponent <= 127.
 
-    Two factors make 2^±exponent, of which CPUs would flush 2^-127 to zero; the third counts subnormals in units of 2^-149.
+    Two factors make 2^±exponent: CPUs would flush 2^-127 to zero. The third is for subnormals, in units of 2^-149.
     """
     half = exponent >> 1
     down = power_of_two(-half), power_of_two(half - exponent), power_of_two(jnp.maximum(-149 - exponent, -126))

@@ -135,9 +135,9 @@ def block_amax(
     if spec is not None and (not spec.power_of_two or (ordinary(element) and element.max >= 2)):
         # XLA's maximum on CPUs takes no notice of NaN; a sum of zeros does, of infinity too. The fusion of these three
         # is several times faster there than that of a maximum of magnitudes.
-        over = {"axis": layout.members, "keepdims": True}
-        highest, lowest = jnp.max(x, initial=0, **over), jnp.min(x, initial=0, **over)
-        return jnp.maximum(highest, -lowest) + jnp.sum(0 * x, **over)
+        highest = jnp.max(x, axis=layout.members, keepdims=True, initial=0)
+        lowest = jnp.min(x, axis=layout.members, keepdims=True, initial=0)
+        return jnp.maximum(highest, -lowest) + jnp.sum(0 * x, axis=layout.members, keepdims=True)
     # On bit patterns the order is that of the magnitudes, with NaN above all: nothing is flushed to zero.
     return from_bits(_max_bits(to_bits(x) & MAGNITUDE, axis=layout.members, keepdims=True))
 
