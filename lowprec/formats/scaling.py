@@ -65,8 +65,8 @@ class Scale(NamedTuple):
         """Ready to scale many values, which are rounded to `element`."""
         if self.exponent is None:
             inverse = 1 / self.block if self.tensor is None else (1 / self.tensor) / self.block
-            up = (self.block,) if self.tensor is None else (self.block, self.tensor)
-            return Scaler("product", (inverse,), up)
+            levels = [level for level in (self.block, self.tensor) if level is not None]
+            return Scaler("product", (inverse,), tuple(levels))
         broken = jnp.isnan(self.block)
         if not ordinary(element):
             return Scaler("exact", (-self.exponent, broken), (self.exponent, broken))

@@ -50,12 +50,15 @@ POWERS_OF_TWO = [f"@1x32/e8m0.{rule}" for rule in ("floor", "ceil", "even", "rce
 
 
 @pytest.mark.parametrize("blocks", SCALES + POWERS_OF_TWO)
-def test_blocks_of_traced_elements_are_those_of_static_ones(blocks):
+@pytest.mark.parametrize("mode", ["nearest_even", "away", "odd", "stochastic"])
+def test_blocks_of_traced_elements_are_those_of_static_ones(blocks, mode):
+    """Also: ordinary static elements are scaled by products, traced ones on a scaled grid, with the same bits."""
     x = jax.random.normal(jax.random.key(1), (32, 64)) * jnp.exp2(jnp.arange(-150.0, 130, 8.8))[:, None]
     names = [element + blocks for element in ("e2m1fn", "e4m3fn", "e5m2", "int4", "int8_symmetric", "fx8.6", "e3m2fn")]
-    results = jax.jit(jax.vmap(lambda fmt: fake_quant(x, fmt)))(stack_traced(names))
+    options = {"rounding": mode, "key": KEY}
+    results = jax.jit(jax.vmap(lambda fmt: fake_quant(x, fmt, **options)))(stack_traced(names))
     for name, result in zip(names, results, strict=True):
-        expected = np.asarray(fake_quant(x, name)).view(np.uint32)
+        expected = np.asarray(fake_quant(x, name, **options)).view(np.uint32)
         np.testing.assert_array_equal(np.asarray(result).view(np.uint32), expected, err_msg=name)
 
 

@@ -11,6 +11,7 @@ from lowprec.formats import parse
 from lowprec.quantizers import fake_quant
 
 NAMES = ["e4m3fn", "e5m2", "e2m1fn", "float16", "int8", "nf4", "mxfp8", "nvfp4", "int4@row", "e4m3fn@1x16/bf16"]
+X = jax.random.normal(jax.random.key(8), (4, 64))
 
 
 def pull_back(name, x, cotangent, **options):
@@ -91,3 +92,27 @@ def test_what_is_wrong_is_named():
         fake_quant(jnp.ones(4, jnp.int32), "int8")
     with pytest.raises(ValueError, match="blocks of 32 do not divide axis 0"):
         fake_quant(jnp.ones(4), "mxfp8")
+
+
+def test_the_cotangent_is_rounded_only_when_a_format_is_given_for_it():
+    cotangent = jax.random.normal(jax.random.key(3), X.shape)
+    pull = lambda **options: jax.vjp(lambda x: fake_quant(x, "e4m3fn@row", **options), X)[1](cotangent)[0]
+    np.testing.assert_array_equal(pull(), cotangent)
+    np.testing.assert_array_equal(pull(cotangent="e5m2@tensor"), fake_quant(cotangent, "e5m2@tensor"))
+    draws = [pull(cotangent="e5m2", cotangent_rounding="stochastic", key=jax.random.key(i)) for i in range(400)]
+    assert len({float(draw[0, 0]) for draw in draws}) == 2
+    step = 2.0 ** (np.floor(np.log2(np.abs(cotangent))) - 2)
+    error = np.abs(np.mean(draws, axis=0) - cotangent)
+    assert np.all(error < 6 * 0.5 * step / np.sqrt(400))  # Hoeffding: less than 2·exp(-18) an element
+    clipped = jax.vjp(lambda x: fake_quant(x, "e4m3fn", gradient="clipped", cotangent="e5m2"), 400 * X)[1](cotangent)[0]
+    np.testing.assert_array_equal(clipped, np.where(np.abs(400 * X) <= 448, fake_quant(cotangent, "e5m2"), 0))
+    with pytest.raises(ValueError, match="needs a key"):
+        fake_quant(X, "e4m3fn", cotangent="e5m2", cotangent_rounding="stochastic")
+
+
+def test_permuting_blocks_permutes_results():
+    x = X.reshape(-1, 64)
+    order = np.random.default_rng(0).permutation(x.shape[1] // 32)
+    permuted = lambda v: np.asarray(v).reshape(x.shape[0], -1, 32)[:, order].reshape(x.shape)
+    for name in ("mxfp4", "e4m3fn@1x32", "int4@1x16/bf16"):
+        np.testing.assert_array_equal(fake_quant(permuted(x), name), permuted(fake_quant(x, name)))
