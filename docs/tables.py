@@ -21,7 +21,7 @@ def formats_table() -> str:
     rows = []
     for name in formats.names():
         fmt = formats.parse(name)
-        if re.fullmatch(r"u?int(?!2$|4$|8$|16$)\d+", name):
+        if re.fullmatch(r"u?int(?!2$|4$|8$|16$)\d+|msfp(?!12$|16$)\d+", name):
             continue  # the widths between are alike
         canonical = str(fmt)
         bits = fmt.bits_per_value if isinstance(fmt, BlockFormat) else fmt.bits
