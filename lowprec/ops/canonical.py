@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from lowprec.errors import UsageError
 from lowprec.typing import Array
 
 
@@ -27,12 +28,19 @@ class CanonicalForm:
 
 
 def canonical_form(x_shape: tuple[int, ...], w_shape: tuple[int, ...], dimension_numbers) -> CanonicalForm:
-    """The form of a product with the dimension numbers of `lax.dot_general`."""
+    """The form of a product with the dimension numbers of `lax.dot_general`.
+
+    Raises:
+      UsageError: (a ValueError) if axes that are contracted or batched together differ in length.
+    """
     (x_contract, w_contract), (x_batch, w_batch) = dimension_numbers
     x_contract, w_contract, x_batch, w_batch = map(tuple, (x_contract, w_contract, x_batch, w_batch))
     x_free = tuple(i for i in range(len(x_shape)) if i not in x_contract + x_batch)
     w_free = tuple(i for i in range(len(w_shape)) if i not in w_contract + w_batch)
     sizes = lambda shape, axes: tuple(shape[i] for i in axes)
+    for what, x_axes, w_axes in (("contraction", x_contract, w_contract), ("batch", x_batch, w_batch)):
+        if sizes(x_shape, x_axes) != sizes(w_shape, w_axes):
+            raise UsageError(f"the {what} axes of x{list(x_shape)} and w{list(w_shape)} differ: {x_axes} and {w_axes}")
     count = lambda shape, axes: math.prod(sizes(shape, axes))
     batch = (count(x_shape, x_batch),) if x_batch else ()
     m, k, n = count(x_shape, x_free), count(x_shape, x_contract), count(w_shape, w_free)

@@ -50,8 +50,11 @@ def qdot(
       As `lax.dot_general`, in the common dtype of x and w; products are accumulated in float32.
     Raises:
       ValueError: stochastic rounding without a key; a block that does not divide its axis and has no `pad`; a backend
-        that cannot serve the rule, with the reason.
+        that cannot serve the rule, with the reason; operands whose contraction axes differ in length.
+      TypeError: `rule` is not a GemmRule.
     """
+    if not isinstance(rule, GemmRule):
+        raise TypeError(f"qdot takes a GemmRule, e.g. recipes.parse('fwd=mxfp4').rule_for(path), not {rule!r}")
     if dimension_numbers is None:
         dimension_numbers = (((x.ndim - 1,), (0,)), ((), ()))
     if rule.exact:

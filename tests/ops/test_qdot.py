@@ -269,3 +269,11 @@ def test_clipped_values_are_counted():
 def test_rules_that_make_no_sense_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         GemmRule(**arguments)
+
+
+def test_what_cannot_be_multiplied_is_refused_by_name():
+    x, w, rule = jnp.ones((3, 32)), jnp.ones((31, 4)), GemmRule(fwd=(NVFP4, NVFP4))
+    with pytest.raises(ValueError, match=r"contraction axes of x\[3, 32\] and w\[31, 4\] differ: \(1,\) and \(0,\)"):
+        qdot(x, w, rule)
+    with pytest.raises(TypeError, match=r"qdot takes a GemmRule, .* not 'mxfp4'"):
+        qdot(x, w, "mxfp4")
