@@ -10,6 +10,16 @@ from lowprec.formats import FloatFormat, IntFormat
 DETERMINISTIC = ("nearest_even", "nearest_away", "nearest_zero", "toward_zero", "away", "up", "down", "odd")
 
 
+def half_precision_patterns() -> np.ndarray:
+    """All float16 and bfloat16 values with their float32 neighbours on both sides: 393 216 inputs."""
+    codes = np.arange(1 << 16, dtype=np.uint16)
+    with np.errstate(invalid="ignore"):
+        x = np.concatenate(
+            [codes.view(np.float16).astype(np.float32), (codes.astype(np.uint32) << 16).view(np.float32)]
+        )
+        return np.concatenate([x, *(np.nextafter(x, np.float32(side)) for side in (-np.inf, np.inf))])
+
+
 def code_values(fmt: FloatFormat, codes: np.ndarray) -> np.ndarray:
     """The values of codes: (-1)^s · 2^(max(e, 1) - bias) · (f / 2^M + [e > 0]), infinity or NaN."""
     e_bits, m_bits = fmt.exponent_bits, fmt.mantissa_bits
@@ -102,7 +112,8 @@ class NumberLine:
 
     def round(self, x: np.ndarray, mode: str, saturate: bool = True) -> np.ndarray:
         """float64 results for float32 x; zeros carry their sign."""
-        x = np.asarray(x, np.float64)
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            x = np.asarray(x, np.float64)
         line, positive = self.values, ~np.signbit(x) if self.is_float else x >= 0
         inside = np.clip(np.nan_to_num(x, nan=0.0), line[0], line[-1])
         if self.is_float and 0 not in line:  # the smallest magnitude is the nearest to all that lies below it

@@ -5,22 +5,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from number_line import half_precision_patterns
 
 from lowprec import formats
 from lowprec.formats import FloatFormat, Rounding, floats
 
-
-def patterns() -> np.ndarray:
-    """All float16 and bfloat16 values with their float32 neighbours on both sides: 393 216 inputs."""
-    codes = np.arange(1 << 16, dtype=np.uint16)
-    with np.errstate(invalid="ignore"):
-        x = np.concatenate(
-            [codes.view(np.float16).astype(np.float32), (codes.astype(np.uint32) << 16).view(np.float32)]
-        )
-        return np.concatenate([x, *(np.nextafter(x, np.float32(side)) for side in (-np.inf, np.inf))])
-
-
-PATTERNS = patterns()
+PATTERNS = half_precision_patterns()
 
 
 def reference_dtype(name):

@@ -3,12 +3,13 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from number_line import DETERMINISTIC, NumberLine
+from number_line import DETERMINISTIC, NumberLine, half_precision_patterns
 from op_by_op import round_to
 
 from lowprec import formats
 from lowprec.formats import FloatFormat
 
+PATTERNS = half_precision_patterns()
 PROBES = 4096  # one shape for all formats: eager operations compile once
 
 OTHERS = (
@@ -65,6 +66,14 @@ def test_every_deterministic_mode_agrees_with_a_search_on_the_number_line(name):
                 f"{mode} saturate={saturate}: {x[wrong][:5]!r} -> {np.asarray(actual)[wrong][:5]!r}, "
                 f"not {expected[wrong][:5]!r} ({wrong.sum()} of {x.size})"
             )
+
+
+@pytest.mark.parametrize("name", element_names())
+def test_every_half_precision_pattern_and_its_neighbours_round_as_on_the_number_line(name):
+    fmt = formats.parse(name)
+    expected = NumberLine(fmt).round(PATTERNS, "nearest_even")
+    wrong = ~same_bits(formats.round_to(PATTERNS, fmt), expected)
+    assert not wrong.any(), f"{PATTERNS[wrong][:5]!r}, not {expected[wrong][:5]!r} ({wrong.sum()} wrong)"
 
 
 @pytest.mark.parametrize("name", element_names())

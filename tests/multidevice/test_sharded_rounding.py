@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lowprec import formats, recipes
 from lowprec.ops import qdot
-from lowprec.quantizers import quantize
+from lowprec.quantizers import fake_quant, quantize
 
 LAYOUTS = [
     PartitionSpec("data"),
@@ -60,3 +60,17 @@ def test_products_and_gradients_agree_and_their_noise_is_identical(name):
     )
     for ours, single in zip(sharded, expected, strict=True):
         assert float(jnp.max(jnp.abs(ours - single))) <= 1e-5 * float(jnp.max(jnp.abs(single)))
+
+
+@pytest.mark.parametrize("name", ["e4m3fn", "int8", "posit8", "mxfp4", "e4m3fn@1x16", "int8@row"])
+def test_inside_shard_map_the_bits_are_those_of_the_whole_array(name):
+    """Of deterministic rounding: a shard cannot know where it lies, so noise wants a key of its own there."""
+    x = jax.random.normal(jax.random.key(0), (64, 128))
+    spec = PartitionSpec(("data", "fsdp"))
+    inside = jax.shard_map(lambda x: fake_quant(x, name), mesh=mesh(), in_specs=spec, out_specs=spec)
+    np.testing.assert_array_equal(jax.jit(inside)(x), fake_quant(x, name))
+    fold = lambda x: fake_quant(x, name, rounding="stochastic", key=jax.random.fold_in(jax.random.key(1), shard()))
+    shard = lambda: 2 * jax.lax.axis_index("data") + jax.lax.axis_index("fsdp")
+    noisy = jax.jit(jax.shard_map(fold, mesh=mesh(), in_specs=spec, out_specs=spec))(jnp.tile(x[:8], (8, 1)))
+    rows = np.asarray(noisy).reshape(8, -1)
+    assert len({row.tobytes() for row in rows}) == 8  # each shard has noise of its own
