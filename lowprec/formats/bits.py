@@ -122,7 +122,7 @@ def off_grid(y: Float[Array, "..."], up: tuple[Array, ...]) -> Float[Array, "...
     return from_bits(jnp.where(units < np.float32(2.0**23), subnormal, to_bits(product)) | (bits & SIGN))
 
 
-def at_least(x: Float[Array, "..."], low: float | np.float32) -> Float[Array, "..."]:
+def at_least(x: Float[Array, "..."], low: float | int | np.float32) -> Float[Array, "..."]:
     """max(x, low), NaN where x is: XLA's own maximum and minimum on CPUs may take the other argument."""
     return jnp.where(x < low, low, x)
 

@@ -77,7 +77,7 @@ def dynamic_exponent(bits: int, signed: bool) -> TableFormat:
         count = 1 << (index if signed else index + 1)
         decade = 10.0 ** (index - exponents + 1) * (0.1 + 0.9 * (np.arange(count) + 0.5) / count)
         values += [*decade, *(-decade if signed else [])]
-    return TableFormat(f"{'' if signed else 'u'}de{bits}", tuple(np.unique(np.asarray(values, np.float32))))
+    return TableFormat(f"{'' if signed else 'u'}de{bits}", tuple(np.unique(np.asarray(values, np.float32)).tolist()))
 
 
 def log_map(bits: int) -> TableFormat:

@@ -73,7 +73,7 @@ def increment(
     rounding: Rounding,
     m: UInt32[Array, "..."],
     shift: UInt32[Array, "..."],
-    negative: Bool[Array, "..."],
+    negative: Bool[Array, "..."] | None,
     random: UInt32[Array, "..."] | None,
 ) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
     """Returns (m, what to add to it before the shift); m changes only where δ is rounded to few bits first.

@@ -137,6 +137,6 @@ def _order(x: Float[Array, "..."]) -> Int[Array, "..."]:
     return jnp.where(bits < 0, -(bits & np.int32(0x7FFFFFFF)), bits)
 
 
-def _order_of(values: np.ndarray) -> np.ndarray:
+def _order_of(values: np.ndarray | np.float32) -> np.ndarray:
     bits = np.asarray(values, np.float32).view(np.int32)
     return np.where(bits < 0, -(bits & np.int32(0x7FFFFFFF)), bits)

@@ -43,7 +43,7 @@ class Recipe:
     """
 
     name: str
-    rules: tuple[LayerRule, ...]
+    rules: Mapping[str, GemmRule] | tuple[LayerRule, ...]
     source: str = ""
 
     def __post_init__(self):
