@@ -71,7 +71,7 @@ class Recipe:
                 f"recipe {self.name!r} has no rule for layer {path!r} (its patterns: {patterns}); "
                 "close the list with '.*', or KEEP the layer"
             )
-        return self.rules[index].gemm
+        return tuple(self.rules)[index].gemm
 
     @property
     def stochastic(self) -> bool:
