@@ -1,11 +1,11 @@
 """The recipes by name."""
 
 from lowprec.errors import unknown
-from lowprec.recipes.library import baselines, fp4, fp8, int8, qat
+from lowprec.recipes.library import baselines, fp4, fp8, int8, mantissa, qat
 from lowprec.recipes.recipe import Recipe
 from lowprec.recipes.short import parse_short
 
-_FAMILIES = (baselines, fp8, fp4, int8, qat)
+_FAMILIES = (baselines, fp8, fp4, int8, qat, mantissa)
 _RECIPES = {recipe.name: recipe for family in _FAMILIES for recipe in family.RECIPES}
 
 

@@ -96,6 +96,44 @@ def test_quartet2_backward_is_unbiased_given_the_forward_values():
         assert alignment(mean, exact) == pytest.approx(0.999, abs=0.001)  # as published: .9985 to .9995
 
 
+def test_tetrajet_backward_is_unbiased_given_the_forward_values():
+    rule = rule_of("tetrajet")
+    run = gradients(rule)
+    used_x, used_w = operand(rule.fwd[0], X, 1), operand(rule.fwd[1], W, 0)
+    _, dx, dw = run(jax.random.key(0))
+    mean_dx, mean_dw = mean_of(run, 64, [1, 2])
+    for single, mean, exact in ((dx, mean_dx, DY @ used_w.T), (dw, mean_dw, used_x.T @ DY)):
+        assert relative(single, exact) == pytest.approx(0.0475, rel=0.03)  # as two operands rounded stochastically
+        assert relative(mean, exact) == pytest.approx(0.0475 / 64, rel=0.12)
+        assert alignment(mean, exact) == pytest.approx(1, abs=0.001)
+
+
+def test_fp4_all_the_way_has_an_unbiased_wgrad_and_a_biased_dgrad():
+    """Both operands of wgrad are rounded stochastically; the weights of dgrad to nearest, whose error stays."""
+    run = gradients(rule_of("fp4_all_the_way"))
+    mean_dx, mean_dw = mean_of(run, 64, [1, 2])
+    assert relative(mean_dw, X.T @ DY) == pytest.approx(0.0475 / 64, rel=0.12)
+    assert alignment(mean_dw, X.T @ DY) == pytest.approx(1, abs=0.001)
+    assert relative(mean_dx, DY @ W.T) == pytest.approx(0.00903 + 0.0239 / 64, rel=0.05)
+    assert alignment(mean_dx, DY @ W.T) == pytest.approx(1 - 0.0045, abs=0.001)
+
+
+def test_ternary_weights_of_trilm_alone():
+    y, dx, dw = gradients(rule_of("trilm"))(jax.random.key(0))
+    used_w = operand(rule_of("trilm").fwd[1], W, 0)
+    assert relative(y, X @ used_w) < 1e-10 and relative(dx, DY @ used_w.T) < 1e-10
+    assert relative(dw, X.T @ DY) < 1e-10
+
+
+@pytest.mark.parametrize("bits", [1, 4, 7])
+def test_cut_mantissas_are_those_of_masked_bits(bits):
+    y, dx, dw = gradients(rule_of(f"mantissa_{bits}"))(jax.random.key(0))
+    mask = np.uint32(0xFFFFFFFF << (23 - bits) & 0xFFFFFFFF)
+    cut = lambda a: (np.float32(a).view(np.uint32) & mask).view(np.float32).astype(np.float64)
+    for found, exact in ((y, cut(X) @ cut(W)), (dx, cut(DY) @ cut(W).T), (dw, cut(X).T @ cut(DY))):
+        assert relative(found, exact) < 1e-10
+
+
 @pytest.mark.parametrize("name", ["int8_full", "nvfp4", "quartet2"])
 def test_the_gradient_error_falls_as_one_over_the_number_of_draws_where_rounding_is_stochastic(name):
     run = gradients(rule_of(name))

@@ -1,5 +1,7 @@
 """Four-bit floats."""
 
+from dataclasses import replace
+
 from lowprec.ops import GemmRule
 from lowprec.quantizers import REUSE, AbsMax, Eden, FourOverSix, Hadamard, Quantizer
 from lowprec.recipes.recipe import everywhere
@@ -35,4 +37,24 @@ quartet2 = everywhere(
     "Quartet II, arXiv 2601.22813: NVFP4 with 4/6 forward, unbiased MS-EDEN backward",
 )
 
-RECIPES = (nvfp4, quartet2)
+# 17/16 keeps every value within the elements though its scale was rounded down: nothing clips, so rounding is unbiased.
+STOCHASTIC = Quantizer("nvfp4", rounding="stochastic", scale=AbsMax(headroom=17 / 16), pad=True)
+
+fp4_all_the_way = everywhere(
+    "fp4_all_the_way",
+    GemmRule(fwd=(NVFP4, NVFP4), dgrad=(STOCHASTIC, NVFP4), wgrad=(STOCHASTIC, STOCHASTIC)),
+    "FP4 All the Way, arXiv 2505.19115: NVFP4 in all products, to nearest forward, stochastic backward (not its late "
+    "switch)",
+)
+
+RHT32 = Hadamard(32, signs="random")
+ROTATED = Quantizer("nvfp4", RHT32, rounding="stochastic", scale=AbsMax(headroom=17 / 16), pad=True)
+ROTATED_AGAIN = replace(ROTATED, source="requantize")
+
+tetrajet = everywhere(
+    "tetrajet",
+    GemmRule(fwd=(NVFP4, NVFP4), dgrad=(ROTATED, ROTATED_AGAIN), wgrad=(ROTATED, ROTATED_AGAIN)),
+    "TetraJet-v2 without its oscillation and outlier control: NVFP4, unbiased rotated backward of the forward values",
+)
+
+RECIPES = (nvfp4, quartet2, fp4_all_the_way, tetrajet)

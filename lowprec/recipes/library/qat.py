@@ -33,4 +33,10 @@ bitnet158 = everywhere(
     "BitNet b1.58, arXiv 2402.17764 and its training tips: ternary weights, 8-bit activations, normalized inputs",
 )
 
-RECIPES = (*(quest(bits) for bits in range(1, 9)), bitnet158)
+trilm = everywhere(
+    "trilm",
+    GemmRule(fwd=(EXACT, Quantizer("ternary@tensor", scale=AbsMean())), dgrad=(EXACT, REUSE)),
+    "TriLM, arXiv 2407.12327: ternary weights, activations as they are",
+)
+
+RECIPES = (*(quest(bits) for bits in range(1, 9)), bitnet158, trilm)
