@@ -6,13 +6,14 @@ a hand spoilt later is found by the sums of its files and of the state, and the 
 
 import contextlib
 import errno
+import functools
 import hashlib
 import logging
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,21 +172,26 @@ def _quiet_orbax() -> Iterator[None]:
     It warns of what it was asked for, logs the tracebacks of its threads, and its event loops complain of their end.
     """
     loggers, before = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
-    sys.unraisablehook = hook
+    sys.unraisablehook = _without_closed_loops(before)
     try:
         yield
     finally:
         sys.unraisablehook = before
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+# Kept for good: CPython borrows the hook it calls, and a thread of Orbax may be in it when it is replaced.
+@functools.cache
+def _without_closed_loops(before: Callable[[Any], object]) -> Callable[[Any], None]:
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    return hook
 
 
 def _require_space(directory: Path, state: TrainState) -> None:
