@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from lowprec import formats, recipes
+from lowprec.analysis.format_table import bits_per_value
 from lowprec.analysis.table import markdown_table
-from lowprec.formats import BlockFormat
 from lowprec.ops import GemmRule
 from lowprec.quantizers import FourOverSix
 from lowprec.training import optimizer
@@ -24,9 +24,8 @@ def formats_table() -> str:
         if re.fullmatch(r"u?int(?!2$|4$|8$|16$)\d+|msfp(?!12$|16$)\d+", name):
             continue  # the widths between are alike
         canonical = str(fmt)
-        bits = fmt.bits_per_value if isinstance(fmt, BlockFormat) else fmt.bits
         full = "" if canonical == name else f"`{canonical}`"
-        rows.append((name, full, f"{bits:g}", f"{fmt.max:.6g}", f"{fmt.min_subnormal:.4g}"))
+        rows.append((name, full, f"{bits_per_value(fmt):g}", f"{fmt.max:.6g}", f"{fmt.min_subnormal:.4g}"))
     return markdown_table(("format", "in full", "bits a value", "max", "smallest"), rows, left=2)
 
 

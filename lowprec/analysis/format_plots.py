@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowprec import formats
+from lowprec.analysis.figures import new_figure, save_figure
 from lowprec.analysis.format_comparison import DISTRIBUTIONS, Comparison
 from lowprec.errors import UsageError
 from lowprec.formats.types import ElementFormat
@@ -30,7 +31,7 @@ def draw_format(name: str, output: Path) -> None:
         raise UsageError(f"{element} has {element.bits} bits; number lines are drawn up to {MAX_BITS_DRAWN}")
     values = formats.value_table(element)
     positive = values[values > 0]
-    figure = _figure(10, 7)
+    figure = new_figure(10, 7)
     linear, logarithmic, error = figure.subplots(3, 1, height_ratios=(1, 1, 3))
     linear.eventplot(values, lineoffsets=0, linewidths=0.6)
     linear.set(
@@ -48,7 +49,7 @@ def draw_format(name: str, output: Path) -> None:
     error.grid(alpha=0.3)
     for axes in (linear, logarithmic):
         axes.set(yticks=[])
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def relative_error(element: ElementFormat) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +62,7 @@ def relative_error(element: ElementFormat) -> tuple[np.ndarray, np.ndarray]:
 
 def draw_comparison(results: Sequence[Comparison], output: Path) -> None:
     """Writes a PNG: SQNR against bits per value, a panel a distribution, without formats whose SQNR is infinite."""
-    figure = _figure(12, 8)
+    figure = new_figure(12, 8)
     panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
     finite = [r for r in results if np.isfinite(r.sqnr_db)]
     names = list(dict.fromkeys(r.format for r in finite))
@@ -77,21 +78,4 @@ def draw_comparison(results: Sequence[Comparison], output: Path) -> None:
         axes.set(xlabel="bits per value", ylabel="SQNR, dB", title=distribution)
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
-    _save(figure, output)
-
-
-def _figure(width, height):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure, output):
-    kinds = figure.canvas.get_supported_filetypes()
-    if output.suffix[1:] not in kinds:
-        raise UsageError(f"{output}: a picture ends in .{', .'.join(sorted(kinds))}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=130)
+    save_figure(figure, output)

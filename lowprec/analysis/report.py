@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from os.path import commonpath
 from pathlib import Path
 
+from lowprec.analysis.figures import new_figure, save_figure
 from lowprec.analysis.runs import Run, baseline_of, gaps
 from lowprec.analysis.table import markdown_table
 
@@ -52,11 +53,7 @@ def _number(value: object, fmt: str) -> str:
 
 def draw_curves(runs: Sequence[Run], output: Path) -> None:
     """Writes a PNG: training loss and held-out loss against tokens, and the gap to bf16 where there is such a run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 4.5)
     losses, gap_axes = figure.subplots(1, 2)
     for index, run in enumerate(runs):
         color, name = f"C{index % 10}", _name(run, runs)
@@ -79,8 +76,7 @@ def draw_curves(runs: Sequence[Run], output: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=130)
+    save_figure(figure, output)
 
 
 def _plot(axes, points: Sequence[tuple[float, float]], color: str, name: str) -> None:

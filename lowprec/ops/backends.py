@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowprec.errors import UsageError, unknown
-from lowprec.formats import BlockFormat, FloatFormat, Format, IntFormat
+from lowprec.formats import FloatFormat, Format, IntFormat, element_of
 from lowprec.formats.blocks import BlockLayout
 from lowprec.formats.scaling import Scale
 from lowprec.ops.operand import Operand
@@ -40,7 +40,7 @@ def why_not_native(a: Operand, b: Operand) -> str | None:
             return f"{operand.name} is not quantized"
         fmt = operand.rounded.fmt
         if native_dtype(fmt) is None:
-            return f"XLA multiplies no {fmt.element if isinstance(fmt, BlockFormat) else fmt}"
+            return f"XLA multiplies no {element_of(fmt)}"
         scale = operand.rounded.scale
         if scale is not None and (isinstance(fmt.block, tuple) or not _constant_along(operand)):
             return f"the scales of {operand.name} ({fmt}) vary along the contraction axis"
@@ -85,7 +85,7 @@ def keep(operand: Operand, backend: str) -> Kept:
 
 def native_dtype(fmt) -> jnp.dtype | None:
     """The dtype in which XLA multiplies elements of a format exactly; int8 for narrower integers."""
-    element = fmt.element if isinstance(fmt, BlockFormat) else fmt
+    element = element_of(fmt)
     if isinstance(element, IntFormat):
         narrow = element.bits <= 8 and element.signed and not element.midrise and element.fraction_bits == 0
         return jnp.dtype(jnp.int8) if narrow else None

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from lowprec.errors import UsageError
 from lowprec.formats.blocks import BlockLayout, block_layout
-from lowprec.formats.elements import as_float32, code_dtype, decode, encode_rounded
+from lowprec.formats.elements import as_float32, code_dtype, decode, element_of, encode_rounded
 from lowprec.formats.grammar import parse
 from lowprec.formats.native import from_native, to_native
 from lowprec.formats.packing import pack, unpack
 from lowprec.formats.rounding import Rounding, parse_rounding
 from lowprec.formats.scaling import Scale
-from lowprec.formats.types import BFLOAT16, FLOAT32, BlockFormat, ElementFormat, Format
+from lowprec.formats.types import BFLOAT16, FLOAT32, BlockFormat, Format
 from lowprec.quantizers.blockwise import Rounded, round_blocks
 from lowprec.typing import Array, Float
 
@@ -74,7 +74,7 @@ class QTensor:
         scales = self.scales
         if scales is not None and self.fmt.scale.format not in _NATIVE_SCALES:
             scales = to_native(scales, self.fmt.scale.format)
-        return to_native(_unpacked(self), _element(self.fmt)), scales
+        return to_native(_unpacked(self), element_of(self.fmt)), scales
 
     @classmethod
     def from_native(
@@ -92,7 +92,7 @@ class QTensor:
           UsageError: (a ValueError) if dtypes or shapes are not those of the format.
         """
         fmt = parse(fmt)
-        element, codes = _element(fmt), from_native(elements)
+        element, codes = element_of(fmt), from_native(elements)
         if elements.dtype != element.dtype:
             raise UsageError(f"the elements of {fmt} are {element.dtype}, not {elements.dtype}")
         if _is_packed(element, codes.shape):
@@ -139,7 +139,7 @@ def quantize(
 @partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _quantize(x, key, fmt, axis, rounding, pad):
     rounded = round_blocks(x, fmt, axis, rounding=rounding, key=key, pad=pad)
-    element = _element(fmt)
+    element = element_of(fmt)
     codes = encode_rounded(rounded.layout.merge(rounded.elements), element).astype(code_dtype(element.bits))
     if _is_packed(element, codes.shape):
         codes = pack(codes, element.bits)
@@ -154,7 +154,7 @@ def dequantize(q: QTensor, dtype=jnp.float32) -> Float[Array, "..."]:
 
 @partial(jax.jit, static_argnums=1)
 def _dequantize(q, dtype):
-    elements = decode(_unpacked(q), _element(q.fmt))
+    elements = decode(_unpacked(q), element_of(q.fmt))
     if not isinstance(q.fmt, BlockFormat):
         return elements.astype(dtype)
     layout, spec = q.layout, q.fmt.scale
@@ -177,12 +177,8 @@ def _stored_scales(rounded: Rounded):
     return encode_rounded(block, spec.format).astype(code_dtype(spec.format.bits)), scale.tensor
 
 
-def _element(fmt: Format) -> ElementFormat:
-    return fmt.element if isinstance(fmt, BlockFormat) else fmt
-
-
 def _unpacked(q):
-    element = _element(q.fmt)
+    element = element_of(q.fmt)
     return unpack(q.codes, element.bits, q.shape[-1]) if _is_packed(element, q.shape) else q.codes
 
 

@@ -84,28 +84,23 @@ def test_nvidia_recipe_has_an_unbiased_dgrad_and_a_biased_wgrad():
     assert relative(mean_dw, X.T @ DY) == pytest.approx(0.0094, rel=0.05)
 
 
-def test_quartet2_backward_is_unbiased_given_the_forward_values():
-    rule = rule_of("quartet2")
+@pytest.mark.parametrize(
+    ("name", "error", "tolerance", "aligned"),
+    [
+        ("quartet2", 0.0198, 0.1, 0.999),  # as published: .9985 to .9995
+        ("tetrajet", 0.0475, 0.12, 1.0),  # as two operands rounded stochastically
+    ],
+)
+def test_the_backward_products_are_unbiased_given_the_forward_values(name, error, tolerance, aligned):
+    rule = rule_of(name)
     run = gradients(rule)
     used_x, used_w = operand(rule.fwd[0], X, 1), operand(rule.fwd[1], W, 0)
     _, dx, dw = run(jax.random.key(0))
     mean_dx, mean_dw = mean_of(run, 64, [1, 2])
     for single, mean, exact in ((dx, mean_dx, DY @ used_w.T), (dw, mean_dw, used_x.T @ DY)):
-        assert relative(single, exact) == pytest.approx(0.0198, rel=0.03)
-        assert relative(mean, exact) == pytest.approx(0.0198 / 64, rel=0.1)
-        assert alignment(mean, exact) == pytest.approx(0.999, abs=0.001)  # as published: .9985 to .9995
-
-
-def test_tetrajet_backward_is_unbiased_given_the_forward_values():
-    rule = rule_of("tetrajet")
-    run = gradients(rule)
-    used_x, used_w = operand(rule.fwd[0], X, 1), operand(rule.fwd[1], W, 0)
-    _, dx, dw = run(jax.random.key(0))
-    mean_dx, mean_dw = mean_of(run, 64, [1, 2])
-    for single, mean, exact in ((dx, mean_dx, DY @ used_w.T), (dw, mean_dw, used_x.T @ DY)):
-        assert relative(single, exact) == pytest.approx(0.0475, rel=0.03)  # as two operands rounded stochastically
-        assert relative(mean, exact) == pytest.approx(0.0475 / 64, rel=0.12)
-        assert alignment(mean, exact) == pytest.approx(1, abs=0.001)
+        assert relative(single, exact) == pytest.approx(error, rel=0.03)
+        assert relative(mean, exact) == pytest.approx(error / 64, rel=tolerance)
+        assert alignment(mean, exact) == pytest.approx(aligned, abs=0.001)
 
 
 def test_fp4_all_the_way_has_an_unbiased_wgrad_and_a_biased_dgrad():
