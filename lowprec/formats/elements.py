@@ -9,7 +9,7 @@ import numpy as np
 from lowprec.formats import floats, integers, tables
 from lowprec.formats.bits import rescale
 from lowprec.formats.grammar import parse
-from lowprec.formats.random import random_bits
+from lowprec.formats.random import Key, random_bits
 from lowprec.formats.rounding import Rounding, parse_rounding
 from lowprec.formats.traced import TracedFormat
 from lowprec.formats.types import BlockFormat, ElementFormat, FloatFormat, Format, IntFormat
@@ -137,7 +137,7 @@ def encode_rounded(y: Float[Array, "..."], element: ElementFormat) -> UInt32[Arr
     return tables.encode_table(y, element)
 
 
-def noise(rounding: Rounding, key: jax.Array | None, shape: tuple[int, ...]) -> UInt32[Array, "..."] | None:
+def noise(rounding: Rounding, key: Key | None, shape: tuple[int, ...]) -> UInt32[Array, "..."] | None:
     """The random bits that a rounding mode needs: None for the deterministic ones.
 
     Raises:

@@ -6,6 +6,7 @@ Both key words pass through a full mixing round: with one round, consecutive see
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +19,45 @@ from lowprec.typing import Array, UInt32
 GENERATORS = ("hash", "threefry")
 
 
-def random_bits(key: jax.Array, shape: tuple[int, ...], generator: str = "hash") -> UInt32[Array, "..."]:
+class DrawnKey(NamedTuple):
+    """A key whose two random words are drawn already, and those of fold_in(key, 1): many keys draw theirs at once."""
+
+    words: UInt32[Array, " 2"]
+    next_words: UInt32[Array, " 2"]
+
+
+Key = jax.Array | DrawnKey
+
+
+def draw_keys(key: jax.Array, count: int) -> list[DrawnKey]:
+    """fold_in(key, 0), fold_in(key, 1), … with their words, at the cost of one."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+    after = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+    draw = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))
+    words, next_words = draw(keys), draw(after)
+    return [DrawnKey(words[i], next_words[i]) for i in range(count)]
+
+
+def next_key(key: Key) -> Key:
+    """fold_in(key, 1)."""
+    if isinstance(key, DrawnKey):
+        return key._replace(words=key.next_words)
+    return jax.random.fold_in(key, 1)
+
+
+def random_bits(key: Key, shape: tuple[int, ...], generator: str = "hash") -> UInt32[Array, "..."]:
     """32 random bits for each element of an array.
 
     Args:
-      key: a typed key or a legacy uint32 key; the same key and shape give the same bits.
+      key: a typed key, a legacy uint32 key or a drawn one; the same key and shape give the same bits.
       shape: of the whole (global) array.
       generator: "hash" (fast, fused) or "threefry" (jax.random.bits, the reference).
     """
-    if generator == "threefry":
+    if generator == "threefry" and not isinstance(key, DrawnKey):
         return jax.random.bits(key, shape, jnp.uint32)
-    if generator != "hash":
+    if generator not in GENERATORS[: 1 if isinstance(key, DrawnKey) else 2]:
         raise unknown("random generator", generator, GENERATORS)
-    words = jax.random.bits(key, (2,), jnp.uint32)
+    words = key.words if isinstance(key, DrawnKey) else jax.random.bits(key, (2,), jnp.uint32)
     low, high = _flat_index(shape)
     return jnp.broadcast_to(_mix(_mix(low + words[0]) ^ (words[1] + high)), shape)
 

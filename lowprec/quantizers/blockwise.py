@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from lowprec.formats.blocks import BlockLayout, block_layout
 from lowprec.formats.elements import as_float32, has_blocks, noise, round_elements
+from lowprec.formats.random import Key
 from lowprec.formats.rounding import Rounding
 from lowprec.formats.scaling import Scale
 from lowprec.formats.traced import TracedFormat
@@ -18,7 +18,7 @@ from lowprec.typing import Array, Float
 
 @dataclass
 class Rounded:
-    """An array on the grid of a format: values = elements · scale, in the split layout of its blocks.
+    """An array on the grid of a format: values = elements · scale (+ residual), in the split layout of its blocks.
 
     Under `jit` whatever is not used is never computed.
     """
@@ -28,6 +28,7 @@ class Rounded:
     elements: Float[Array, "..."]  # unscaled, split into blocks
     scale: Scale | None  # None: the format has none
     scaled: Float[Array, "..."]  # elements · scale, split into blocks
+    residual: Float[Array, "..."] | None = None  # what stays in high precision, in the shape of the input
 
     @property
     def element(self) -> ElementFormat | TracedFormat:
@@ -37,7 +38,8 @@ class Rounded:
     @property
     def values(self) -> Float[Array, "..."]:
         """float32, in the shape of the input."""
-        return self.layout.merge(self.scaled)
+        on_grid = self.layout.merge(self.scaled)
+        return on_grid if self.residual is None else on_grid + self.residual
 
 
 def round_blocks(
@@ -47,8 +49,9 @@ def round_blocks(
     *,
     rule: ScaleRule = AbsMax(),
     rounding: Rounding = Rounding(),
-    key: jax.Array | None = None,
+    key: Key | None = None,
     pad: bool = False,
+    saturate: bool = True,
 ) -> Rounded:
     """Rounds an array to a format, scaled block by block.
 
@@ -57,11 +60,12 @@ def round_blocks(
       fmt: an element format is rounded to as it is; a block format gets the scales that `rule` gives.
       axis: the contraction axis.
       pad: fill up axes that the block does not divide.
+      saturate: of a format without scales: overflow gives the largest value, else infinity.
     """
     x = as_float32(x)
     if not has_blocks(fmt):
         layout = block_layout(x.shape, "tensor", axis)
-        y = round_elements(x, fmt, rounding, noise(rounding, key, x.shape))
+        y = round_elements(x, fmt, rounding, noise(rounding, key, x.shape), saturate)
         return Rounded(fmt, layout, y, None, y)
     layout = block_layout(x.shape, fmt.block, axis, pad)
     random = noise(rounding, key, layout.padded)

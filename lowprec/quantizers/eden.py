@@ -9,6 +9,7 @@ import numpy as np
 from lowprec.errors import UsageError
 from lowprec.formats.elements import noise
 from lowprec.formats.floats import round_float
+from lowprec.formats.random import Key, next_key
 from lowprec.formats.rounding import Rounding
 from lowprec.formats.types import BlockFormat, Format
 from lowprec.quantizers.blockwise import Rounded
@@ -37,14 +38,14 @@ class Eden:
                 f"eden needs blocks that divide its chunk of {self.chunk} and narrow float scales, not {fmt}"
             )
 
-    def __call__(self, x: Float[Array, "..."], rounded: Rounded, axis: int, key: jax.Array) -> Rounded:
+    def __call__(self, x: Float[Array, "..."], rounded: Rounded, axis: int, key: Key) -> Rounded:
         layout, scale = rounded.layout, rounded.scale
         z = scale.divide(layout.split(x.astype(jnp.float32)))
         (member,) = layout.members
         chunks = self.chunk // layout.split_shape[member]
         correction = _chunk_ratio(z, rounded.elements, member, chunks)
         wanted = scale.block * correction
-        random = noise(Rounding("stochastic"), None if key is None else jax.random.fold_in(key, 1), wanted.shape)
+        random = noise(Rounding("stochastic"), None if key is None else next_key(key), wanted.shape)
         block = round_float(wanted, rounded.fmt.scale.format, Rounding("stochastic"), random)
         scale = scale._replace(block=block)
         return replace(rounded, scale=scale, scaled=scale.multiply(rounded.elements))

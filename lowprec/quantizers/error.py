@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowprec.quantizers.blockwise import Rounded
+from lowprec.quantizers.cells import cell, unscaled
 from lowprec.quantizers.estimators import inside
-from lowprec.typing import Array, Float
+from lowprec.typing import Array, Bool, Float
 
 # What is accumulated for an operand; every entry is a sum, so that cotangents may add them.
 SUMS = (
@@ -26,8 +27,14 @@ OPERANDS = ("fwd.x", "fwd.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
 
 def error_sums(x: Float[Array, "..."], rounded: Rounded) -> Float[Array, " sums"]:
     """The sums of one operand: float32, in the order of `SUMS`."""
+    return value_sums(x, rounded.values, inside(x, rounded))
+
+
+def value_sums(
+    x: Float[Array, "..."], values: Float[Array, "..."], within: Bool[Array, "..."]
+) -> Float[Array, " sums"]:
+    """The sums of an operand x that became `values`; `within` says where it lay in the range."""
     source = x.astype(jnp.float32)
-    values = rounded.values
     return jnp.stack(
         [
             jnp.float32(1),
@@ -37,7 +44,7 @@ def error_sums(x: Float[Array, "..."], rounded: Rounded) -> Float[Array, " sums"
             jnp.sum((values - source) ** 2),
             jnp.sum(values * source),
             jnp.sum(values**2),
-            jnp.sum(~inside(source, rounded), dtype=jnp.float32),
+            jnp.sum(~within, dtype=jnp.float32),
             jnp.sum((values == 0) & (source != 0), dtype=jnp.float32),
         ]
     )
@@ -62,6 +69,14 @@ class OperandStatistics:
     underflowed: float
     alignment: float
 
+    @property
+    def gradient_to_noise(self) -> float:
+        """‖x‖ / ‖q - x‖. Of dy, below √3 training in low precision stops paying: switch the backward products to bf16.
+
+        (FP4 All the Way, arXiv 2505.19115, §4; `rounding_noise` gives the noise that is expected, not drawn.)
+        """
+        return 10 ** (self.sqnr_db / 20)
+
     @classmethod
     def from_sums(cls, sums: np.ndarray) -> "OperandStatistics | None":
         """None where the operand was never quantized."""
@@ -77,6 +92,29 @@ class OperandStatistics:
                 underflowed=float(s["underflowed"] / s["values"]),
                 alignment=float(s["product"] / s["source_square"]),
             )
+
+
+def rounding_noise(x: Float[Array, "..."], rounded: Rounded) -> Float[Array, ""]:
+    """The variance of rounding x stochastically, summed over the tensor: Σ (z - low)(high - z) s², z = x / s.
+
+    Args:
+      x: what was rounded, in the coordinates of the product.
+      rounded: its rounded form, of which the scales and the grid count. Values beyond the grid clip: no variance.
+    """
+    element = rounded.element
+    z = jnp.clip(unscaled(x, rounded), element.min, element.max)
+    low, high = cell(z, element)
+    deviation = jnp.sqrt((z - low) * (high - z))
+    scaled = deviation if rounded.scale is None else rounded.scale.multiply(deviation)
+    return jnp.sum(scaled**2)
+
+
+def gradient_to_noise(x: Float[Array, "..."], rounded: Rounded) -> Float[Array, ""]:
+    """‖x‖ / (σ √d), σ² the mean variance of stochastic rounding: the monitor of FP4 All the Way (arXiv 2505.19115).
+
+    Below √3, training in low precision stops paying: switch the backward products to bf16.
+    """
+    return jnp.sqrt(jnp.sum(x.astype(jnp.float32) ** 2) / rounding_noise(x, rounded))
 
 
 def tap_slot() -> Float[Array, "operands sums"]:

@@ -17,6 +17,7 @@ from lowprec.formats.rounding import Rounding, parse_rounding
 from lowprec.formats.scaling import Scale
 from lowprec.formats.types import BFLOAT16, FLOAT32, BlockFormat, Format
 from lowprec.quantizers.blockwise import Rounded, round_blocks
+from lowprec.quantizers.scales import AbsMax
 from lowprec.typing import Array, Float
 
 
@@ -120,6 +121,7 @@ def quantize(
     axis: int = -1,
     rounding: str | Rounding = "nearest_even",
     key: jax.Array | None = None,
+    scale: AbsMax = AbsMax(),
     pad: bool = False,
 ) -> QTensor:
     """Codes and absmax scales of an array.
@@ -129,16 +131,17 @@ def quantize(
       fmt: a format or its name, e.g. "nvfp4", "int8@row", "e4m3fn".
       axis: the contraction axis: blocks and rows run along it.
       rounding: see `formats.Rounding`; the stochastic modes need a key.
+      scale: of a block.
       pad: let the last block of the axis be shorter than the others.
     Raises:
       ValueError: an unknown format, a block that does not divide the axis, stochastic rounding without a key.
     """
-    return _quantize(as_float32(x), key, parse(fmt), axis, parse_rounding(rounding), pad)
+    return _quantize(as_float32(x), key, parse(fmt), axis, parse_rounding(rounding), scale, pad)
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _quantize(x, key, fmt, axis, rounding, pad):
-    rounded = round_blocks(x, fmt, axis, rounding=rounding, key=key, pad=pad)
+@partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _quantize(x, key, fmt, axis, rounding, scale, pad):
+    rounded = round_blocks(x, fmt, axis, rule=scale, rounding=rounding, key=key, pad=pad)
     element = element_of(fmt)
     codes = encode_rounded(rounded.layout.merge(rounded.elements), element).astype(code_dtype(element.bits))
     if _is_packed(element, codes.shape):

@@ -3,6 +3,7 @@
 Every scale is computed in float32 and rounded to the scale format of the block format (`formats.scaling`).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -12,12 +13,12 @@ import numpy as np
 from jax import lax
 
 from lowprec.errors import UsageError
-from lowprec.formats.bits import at_least, divide
+from lowprec.formats.bits import at_least, divide, power_of_two
 from lowprec.formats.blocks import BlockLayout
 from lowprec.formats.elements import round_elements
 from lowprec.formats.rounding import Rounding
-from lowprec.formats.scaling import Scale, block_amax, scale_from_amax, store_scale
-from lowprec.formats.types import BlockFormat
+from lowprec.formats.scaling import Scale, block_amax, power_of_two_rule, scale_from_amax, store_scale
+from lowprec.formats.types import BlockFormat, FloatFormat
 from lowprec.quantizers.gaussian import optimal_clip
 from lowprec.typing import Array, Float
 
@@ -36,21 +37,51 @@ class AbsMax:
         rounded down by 1/16, headroom 17/16 sees to that.
       limit: the largest block scale of a two-level format; None takes the scale format's maximum.
       floor: the smallest amax considered (DeepSeek-V3 takes 1e-4).
+      offset: added to amax (COAT takes 1e-10).
     """
 
     headroom: float = 1.0
     limit: float | None = None
     floor: float = 0.0
+    offset: float = 0.0
 
     def __call__(self, blocks, layout, fmt):
         amax = block_amax(blocks, layout, fmt.scale, fmt.element if self.headroom == 1 else None)
         if self.floor:
             amax = at_least(amax, np.float32(self.floor))
+        if self.offset:
+            amax = amax + np.float32(self.offset)
         return scale_from_amax(amax, fmt.element, fmt.scale, self.headroom, self.limit)
 
     def __str__(self):
         headroom = "" if self.headroom == 1 else f" · {self.headroom:.4g}"
         return f"absmax{headroom}" + (f", block scale ≤ {self.limit:g}" if self.limit else "")
+
+
+@dataclass(frozen=True)
+class OctaveMax:
+    """A power of two times a constant, the top of amax's octave on the largest element: 2^(⌊log2 amax⌋ + 1) / max.
+
+    For e2m1fn that is the OCP scale 2^(⌊log2 amax⌋ - 2) times 4/3: values are scaled by 3/4, nothing clips and amax
+    lands in [3, 6), as stochastic rounding needs it. (arXiv 2502.20586; Quartet, arXiv 2505.14669.) The stored scales
+    are powers of two; the constant is the second level of the scale, and comes out of a product as 16/9.
+    """
+
+    def __call__(self, blocks, layout, fmt):
+        if not fmt.scale.power_of_two:
+            raise UsageError(f"the octave of amax is for powers of two, e.g. mxfp4, not {fmt}")
+        amax = block_amax(blocks, layout, fmt.scale, fmt.element)
+        octave = math.floor(math.log2(fmt.element.max))
+        exponent = power_of_two_rule(amax, None, "floor") - octave
+        # A CPU takes 2^-127 for zero, and the largest element must not stand at 2^128.
+        block = jnp.where(jnp.isfinite(amax), power_of_two(jnp.clip(exponent, -126, 126 - octave)), jnp.nan)
+        return Scale(block, tensor=jnp.float32(self._constant(fmt)))
+
+    def _constant(self, fmt):
+        return 2.0 ** (math.floor(math.log2(fmt.element.max)) + 1) / fmt.element.max
+
+    def __str__(self):
+        return "octave of absmax"
 
 
 @dataclass(frozen=True)
@@ -148,24 +179,32 @@ class LeastSquares:
     """Of several scales, fractions of the absmax one, the one with the least squared error of rounding to nearest.
 
     A search of the kind that GPTQ and AWQ do (arXiv 2210.17323, 2306.00978), block by block. It costs one rounding a
-    candidate. Powers of two are searched from twice the absmax scale, which may clip, downwards.
+    candidate. Powers of two are searched from twice the absmax scale, which may clip, downwards. The scales of floats
+    in float32 are real exponent biases (LLM-FP4, arXiv 2310.16836; see `exponent_bias`).
 
     Args:
-      candidates: how many, equally spaced from 1 down to `least`.
+      candidates: how many, equally spaced from `most` down to `least`; the absmax scale itself is one more if not
+        among them.
       least: the smallest fraction.
+      most: the largest.
     """
 
     candidates: int = 25
     least: float = 0.4
+    most: float = 1.0
 
     def __post_init__(self):
-        if self.candidates < 1 or not 0 < self.least <= 1:
-            raise UsageError(f"a search has one candidate or more, between 0 and 1 of absmax; not {self}")
+        if self.candidates < 1 or not 0 < self.least <= 1 <= self.most:
+            raise UsageError(
+                "a search has one candidate or more, from a fraction between 0 and 1 of absmax to one of 1 or more; "
+                f"not {self.candidates} from {self.least:g} to {self.most:g}"
+            )
 
     def __call__(self, blocks, layout, fmt):
         amax = block_amax(blocks, layout, fmt.scale, fmt.element)
         first = scale_from_amax(amax, fmt.element, fmt.scale)
-        fractions = np.linspace(1, self.least, self.candidates, dtype=np.float32)[1:]
+        fractions = np.linspace(self.most, self.least, self.candidates, dtype=np.float32)
+        fractions = fractions[fractions != 1]
         if fmt.scale.power_of_two:
             exponents = np.arange(1, np.floor(np.log2(self.least)) - 1, -1)
             fractions = np.exp2(exponents[exponents != 0]).astype(np.float32)
@@ -183,7 +222,18 @@ class LeastSquares:
         return best._replace(tensor=first.tensor)
 
     def __str__(self):
-        return f"least squares of {self.candidates}"
+        return f"least squares of {self.candidates}" + (f" up to {self.most:g} absmax" if self.most != 1 else "")
+
+
+def exponent_bias(fmt: FloatFormat, largest: float) -> float:
+    """The real exponent bias under which the largest value of a float format is `largest`.
+
+    Scaling by s and shifting the bias by -log2(s) are one thing: a float32 scale is a real bias (LLM-FP4, arXiv
+    2310.16836, eq. 8), and a power of two an integer one.
+    """
+    if largest <= 0:
+        raise UsageError(f"the largest value of a format is positive, not {largest}")
+    return fmt.bias + math.log2(fmt.max / largest)
 
 
 def squared_error(

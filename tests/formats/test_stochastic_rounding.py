@@ -10,6 +10,7 @@ from scipy import stats
 
 from lowprec import formats
 from lowprec.formats import BlockFormat, FloatFormat, Rounding, TableFormat, elements, random_bits
+from lowprec.formats.random import draw_keys, next_key
 
 NAMES = [
     name
@@ -183,3 +184,12 @@ def test_stochastic_rounding_without_a_key_says_so():
     for call in (formats.round_to, formats.encode):
         with pytest.raises(ValueError, match=r"stochastic\[8\] rounding needs a key"):
             call(jnp.ones(3), "e4m3fn", rounding="stochastic[8]")
+
+
+def test_keys_drawn_together_are_those_folded_one_by_one():
+    for key in (jax.random.key(3), jax.random.PRNGKey(3)):
+        drawn = draw_keys(key, 5)
+        for index in (0, 1, 4):
+            own = jax.random.fold_in(key, index)
+            np.testing.assert_array_equal(random_bits(drawn[index], (7, 3)), random_bits(own, (7, 3)))
+            np.testing.assert_array_equal(random_bits(next_key(drawn[index]), (5,)), random_bits(next_key(own), (5,)))
