@@ -9,9 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from lowprec.errors import UsageError, unknown
-from lowprec.formats import FloatFormat, Format, IntFormat, element_of
+from lowprec.formats import Format, element_of
 from lowprec.formats.blocks import BlockLayout
+from lowprec.formats.elements import code_dtype, decode, encode_rounded
+from lowprec.formats.packing import pack, unpack
 from lowprec.formats.scaling import Scale
+from lowprec.ops.accumulation import Accumulation, IntegerAccumulation
+from lowprec.ops.codes import codes, dimension_numbers, native_dtype, output_scale, whole_numbers, why_scales_stay
 from lowprec.ops.operand import Operand
 from lowprec.quantizers import Rounded
 from lowprec.typing import Array, Float
@@ -19,31 +23,41 @@ from lowprec.typing import Array, Float
 BACKENDS = ("auto", "emulate", "native")
 
 
-def multiply(a: Operand, b: Operand, backend: str) -> Float[Array, "..."]:
-    """The product of two operands along their contraction axes, float32: (…, rows of a, columns of b)."""
+def multiply(a: Operand, b: Operand, backend: str, accumulation: Accumulation = Accumulation()) -> Float[Array, "..."]:
+    """The product of two operands along their contraction axes, float32: (…, rows of a, columns of b).
+
+    Rotations along their other axes are undone.
+    """
+    y = _multiply(a, b, backend, accumulation)
+    for operand, axis in ((a, -2), (b, -1)):
+        if operand.outer is not None:
+            y = operand.outer.undo(y, axis)
+    return y
+
+
+def _multiply(a, b, backend, accumulation):
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
-    if backend == "emulate" or a.rounded is b.rounded is None:
-        return _emulate(a, b)
+    if backend == "native" and accumulation != Accumulation():
+        raise UsageError(f"backend 'native' accumulates in float32, not in {accumulation}; 'emulate' and 'auto' do")
+    if backend == "emulate" or accumulation != Accumulation() or a.rounded is b.rounded is None:
+        return accumulation(a, b)
     reason = why_not_native(a, b)
     if backend == "native" and reason:
         raise UsageError(f"backend 'native' cannot multiply {a.name} and {b.name}: {reason}")
     if reason or (backend == "auto" and not _native_pays(a)):
-        return _emulate(a, b)
+        return accumulation(a, b)
     return _native(a, b)
 
 
 def why_not_native(a: Operand, b: Operand) -> str | None:
     """The reason why XLA has no product for these operands, or None."""
     for operand in (a, b):
-        if operand.rounded is None:
-            return f"{operand.name} is not quantized"
-        fmt = operand.rounded.fmt
-        if native_dtype(fmt) is None:
-            return f"XLA multiplies no {element_of(fmt)}"
-        scale = operand.rounded.scale
-        if scale is not None and (isinstance(fmt.block, tuple) or not _constant_along(operand)):
-            return f"the scales of {operand.name} ({fmt}) vary along the contraction axis"
+        if operand.rounded is not None and native_dtype(operand.rounded.fmt) is None:
+            return f"XLA multiplies no {element_of(operand.rounded.fmt)}"
+        reason = why_scales_stay(operand)
+        if reason:
+            return reason
     kinds = [jnp.issubdtype(native_dtype(operand.rounded.fmt), jnp.integer) for operand in (a, b)]
     if kinds[0] != kinds[1]:
         return f"one of {a.name} and {b.name} is an integer and the other is not"
@@ -53,10 +67,11 @@ def why_not_native(a: Operand, b: Operand) -> str | None:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Kept:
-    """A quantized operand between the forward and the backward pass: as codes where products take codes, else values.
+    """A quantized operand between the forward and the backward pass: as codes, or as values.
 
     Args:
-      array: the elements in the dtype in which XLA multiplies them, split into blocks; or the values.
+      array: the elements, split into blocks, in the dtype in which XLA multiplies them, or as (packed) unsigned codes;
+        or the values.
       scale: of the elements; None with values.
       fmt, layout: of the elements; None with values.
     """
@@ -69,29 +84,49 @@ class Kept:
     def restore(self, name: str) -> Operand:
         if self.fmt is None:
             return Operand(name, self.array, None)
-        elements = self.array.astype(jnp.float32)
+        elements = self._elements()
         scaled = elements if self.scale is None else self.scale.scaler(self.fmt.element).multiply(elements)
         return Operand(name, self.layout.merge(scaled), Rounded(self.fmt, self.layout, elements, self.scale, scaled))
 
+    def _elements(self):
+        if not jnp.issubdtype(self.array.dtype, jnp.unsignedinteger):
+            return self.array.astype(jnp.float32)
+        element = element_of(self.fmt)
+        packed = element.bits < 8
+        return decode(unpack(self.array, element.bits, self.layout.split_shape[-1]) if packed else self.array, element)
 
-def keep(operand: Operand, backend: str) -> Kept:
-    """The least that restores an operand for a product on this backend."""
+
+def keep(operand: Operand, backend: str, accumulation: Accumulation = Accumulation(), *, narrow: bool = False) -> Kept:
+    """What restores an operand for a product on this backend: as values where the product takes values.
+
+    Args:
+      narrow: as codes in the fewest bytes, whatever the product takes.
+    """
     rounded = operand.rounded
-    codes = None if rounded is None else native_dtype(rounded.fmt)
-    if codes is None or backend == "emulate" or (backend == "auto" and not _native_pays(operand)):
+    if narrow:
+        element = element_of(rounded.fmt)
+        dtype = native_dtype(rounded.fmt) if element.bits >= 8 else None
+        if dtype is None:
+            codes = encode_rounded(rounded.elements, element).astype(code_dtype(element.bits))
+            codes = pack(codes, element.bits) if element.bits < 8 else codes
+            return Kept(codes, rounded.scale, rounded.fmt, rounded.layout)
+    else:
+        dtype = _code_dtype(operand, backend, accumulation)
+    if dtype is None:
         return Kept(operand.values, None, None, None)
-    return Kept(rounded.elements.astype(codes), rounded.scale, rounded.fmt, rounded.layout)
+    return Kept(rounded.elements.astype(dtype), rounded.scale, rounded.fmt, rounded.layout)
 
 
-def native_dtype(fmt) -> jnp.dtype | None:
-    """The dtype in which XLA multiplies elements of a format exactly; int8 for narrower integers."""
-    element = element_of(fmt)
-    if isinstance(element, IntFormat):
-        narrow = element.bits <= 8 and element.signed and not element.midrise and element.fraction_bits == 0
-        return jnp.dtype(jnp.int8) if narrow else None
-    if isinstance(element, FloatFormat) and element.dtype in (jnp.bfloat16, jnp.float8_e4m3fn, jnp.float8_e5m2):
-        return element.dtype
-    return None
+def _code_dtype(operand, backend, accumulation):
+    """In which a product takes the operand; None where it takes values."""
+    rounded = operand.rounded
+    if rounded is None or rounded.residual is not None:
+        return None
+    if isinstance(accumulation, IntegerAccumulation):
+        return jnp.dtype(jnp.int16) if whole_numbers(rounded.fmt, 16) else None
+    if backend == "emulate" or native_dtype(rounded.fmt) is None or (backend == "auto" and not _native_pays(operand)):
+        return None
+    return native_dtype(rounded.fmt)
 
 
 def _native_pays(a):
@@ -99,39 +134,8 @@ def _native_pays(a):
     return jax.default_backend() != "cpu" or native_dtype(a.rounded.fmt) == jnp.int8
 
 
-def _constant_along(operand):
-    """Whether one scale serves the whole contraction axis: the operand was scaled by tensor, or by rows along it."""
-    scale_shape = operand.rounded.layout.scale_shape
-    return scale_shape[operand.axis] == 1
-
-
-def _emulate(a, b):
-    return lax.dot_general(
-        a.values.astype(jnp.float32), b.values.astype(jnp.float32), _dimension_numbers(a, b), precision="highest"
-    )
-
-
 def _native(a, b):
-    a_codes, b_codes = _codes(a), _codes(b)
+    a_codes, b_codes = (codes(operand).astype(native_dtype(operand.rounded.fmt)) for operand in (a, b))
     total = jnp.int32 if a_codes.dtype == jnp.int8 else jnp.float32
-    y = lax.dot_general(a_codes, b_codes, _dimension_numbers(a, b), preferred_element_type=total)
-    return y.astype(jnp.float32) * _output_scale(a, -1) * _output_scale(b, -2)
-
-
-def _codes(operand):
-    rounded = operand.rounded
-    return rounded.layout.merge(rounded.elements).astype(native_dtype(rounded.fmt))
-
-
-def _output_scale(operand, axis):
-    """The scale of an operand as a factor of the product: its contraction axis becomes the other operand's axis."""
-    scale = operand.rounded.scale
-    if scale is None:
-        return jnp.float32(1)
-    total = scale.total().reshape(operand.rounded.layout.scale_shape)
-    return jnp.expand_dims(jnp.squeeze(total, operand.axis), axis)
-
-
-def _dimension_numbers(a, b):
-    batch = tuple(range(a.source.ndim - 2))
-    return ((a.axis % a.source.ndim,), (b.axis % b.source.ndim,)), (batch, batch)
+    y = lax.dot_general(a_codes, b_codes, dimension_numbers(a, b), preferred_element_type=total)
+    return y.astype(jnp.float32) * output_scale(a, -1) * output_scale(b, -2)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from lowprec.errors import UsageError
 from lowprec.typing import Array
 
+DimensionNumbers = tuple[tuple, tuple]
+
 
 @dataclass(frozen=True)
 class CanonicalForm:
@@ -25,6 +27,11 @@ class CanonicalForm:
 
     def expand_y(self, y: Array) -> Array:
         return y.reshape(self.shape_y)
+
+
+def default_dimension_numbers(x: Array) -> DimensionNumbers:
+    """Of x (…, K) and w (K, …)."""
+    return (((x.ndim - 1,), (0,)), ((), ()))
 
 
 def canonical_form(x_shape: tuple[int, ...], w_shape: tuple[int, ...], dimension_numbers) -> CanonicalForm:

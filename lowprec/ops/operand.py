@@ -1,16 +1,36 @@
 """One operand of a product: rotated, quantized, and ready for any backend."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lowprec.quantizers import OPERANDS, Clip, Quantizer, Rounded, error_sums, hadamard, inside, inverse_hadamard
-from lowprec.typing import Array, Bool, Float
+from lowprec.formats.random import DrawnKey, Key, draw_keys
+from lowprec.formats.scaling import Scale
+from lowprec.quantizers import OPERANDS, Quantizer, Rounded, error_sums, hadamard, inverse_hadamard
+from lowprec.quantizers.estimators import Factor
+from lowprec.quantizers.variables import Arrays
+from lowprec.typing import Array, Float
 
 # The contraction axis of each operand, for x (…, M, K), w (…, K, N) and dy (…, M, N).
 CONTRACTION = {"fwd.x": -1, "fwd.w": -2, "dgrad.dy": -1, "dgrad.w": -1, "wgrad.dy": -2, "wgrad.x": -2}
 _SIGN_STREAM = {"fwd": 6, "dgrad": 7, "wgrad": 8}
+_SAVED_STREAM = 9
+
+
+class Outer(NamedTuple):
+    """A rotation of an operand along its other axis than the contraction axis, which the product still has."""
+
+    block: int
+    signs: Float[Array, " n"] | None
+    length: int  # of the axis before it was filled up
+
+    def undo(self, y: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+        y = inverse_hadamard(y, self.block, self.signs, axis=axis)
+        return jax.lax.slice_in_dim(y, 0, self.length, axis=axis % y.ndim)
 
 
 @dataclass
@@ -21,11 +41,13 @@ class Operand:
       name: one of `quantizers.OPERANDS`.
       source: what was quantized, in the coordinates of the product (rotated, padded).
       rounded: its quantized form; None where the operand is left as it is.
+      outer: a rotation to be undone on the product; None where there is none.
     """
 
     name: str
     source: Float[Array, "..."]
     rounded: Rounded | None
+    outer: Outer | None = None
 
     @property
     def axis(self) -> int:
@@ -41,56 +63,77 @@ class Operand:
 
 @dataclass
 class Streams:
-    """The random streams of one call: one for each operand, and one for the signs of each product's rotation."""
+    """What the operands of one call draw on: a random stream each, one for the signs of each product's rotation, and
+    the state of those that remember.
+    """
 
     key: jax.Array | None
+    state: Mapping[str, Arrays] = field(default_factory=dict)
 
-    def operand(self, name: str) -> jax.Array | None:
-        return self._fold(OPERANDS.index(name))
+    def operand(self, name: str) -> Key | None:
+        return self._drawn[OPERANDS.index(name)]
 
-    def signs(self, name: str) -> jax.Array | None:
-        return self._fold(_SIGN_STREAM[name.partition(".")[0]])
+    def signs(self, name: str) -> Key | None:
+        return self._drawn[_SIGN_STREAM[name.partition(".")[0]]]
 
-    def _fold(self, index):
-        return None if self.key is None else jax.random.fold_in(self.key, index)
+    def saved(self) -> jax.Array | None:
+        return None if self.key is None else jax.random.fold_in(self.key, _SAVED_STREAM)
+
+    @cached_property
+    def _drawn(self) -> list[DrawnKey] | list[None]:
+        return [None] * _SAVED_STREAM if self.key is None else draw_keys(self.key, _SAVED_STREAM)
 
 
-def quantize_operand(q: Quantizer, x: Float[Array, "..."], name: str, streams: Streams) -> Operand:
-    """x as the operand `name` of a product: rotated along the contraction axis, then rounded."""
+def quantize_operand(
+    q: Quantizer, x: Float[Array, "..."], name: str, streams: Streams, scale: Scale | None = None
+) -> Operand:
+    """x as the operand `name` of a product: rotated, then rounded along the contraction axis, by `scale` if given."""
     if q.exact:
         return Operand(name, x, None)
-    axis = CONTRACTION[name]
-    x = rotate(q, x.astype(jnp.float32), name, streams)
+    rotated = rotate(q, x.astype(jnp.float32), name, streams)
     key = streams.operand(name) if q.stochastic else None
-    return Operand(name, x, q.round(x, axis, key))
+    rounded = q.round(rotated, CONTRACTION[name], key, streams.state.get(name), scale)
+    if q.rotation is None or q.rotation.side == "inner":
+        return Operand(name, rotated, rounded)
+    axis = _rotated_axis(q, name)
+    length = rotated.shape[axis]
+    outer = Outer(q.rotation.block(length), _signs(q, length, name, streams), x.shape[axis])
+    return Operand(name, rotated, rounded, outer)
 
 
 def rotate(q: Quantizer, x: Float[Array, "..."], name: str, streams: Streams) -> Float[Array, "..."]:
-    """x · D · H along the contraction axis of the operand, filled up with zeros where the quantizer allows it."""
+    """x · D · H along an axis of the operand, filled up with zeros where the quantizer allows it."""
     if q.rotation is None:
         return x
-    axis = CONTRACTION[name]
-    short = -x.shape[axis] % q.rotation.size if q.pad else 0
+    axis = _rotated_axis(q, name)
+    short = q.rotation.padded(x.shape[axis]) - x.shape[axis] if q.pad else 0
     if short:
         x = jnp.pad(x, [(0, short if i == axis % x.ndim else 0) for i in range(x.ndim)])
-    return hadamard(x, q.rotation.size, _signs(q, x.shape[axis], name, streams), axis=axis)
+    length = x.shape[axis]
+    return hadamard(x, q.rotation.block(length), _signs(q, length, name, streams), axis=axis)
 
 
 def unrotate(q: Quantizer, g: Float[Array, "..."], name: str, streams: Streams, length: int) -> Float[Array, "..."]:
     """The inverse of `rotate` for a gradient with respect to the operand, cut to the length of its axis."""
     if q.rotation is None:
         return g
-    axis = CONTRACTION[name]
-    g = inverse_hadamard(g, q.rotation.size, _signs(q, g.shape[axis], name, streams), axis=axis)
+    axis = _rotated_axis(q, name)
+    rotated = g.shape[axis]
+    g = inverse_hadamard(g, q.rotation.block(rotated), _signs(q, rotated, name, streams), axis=axis)
     return jax.lax.slice_in_dim(g, 0, length, axis=axis % g.ndim)
+
+
+def _rotated_axis(q, name):
+    return CONTRACTION[name] if q.rotation.side == "inner" else -3 - CONTRACTION[name]
 
 
 def _signs(q, length, name, streams):
     return q.rotation.draw_signs(length, streams.signs(name))
 
 
-def gradient_mask(q: Quantizer, operand: Operand) -> Bool[Array, "..."] | None:
-    """Where the estimator of a forward operand lets the gradient pass, in rotated coordinates; None: everywhere."""
-    if isinstance(q.estimator, Clip) and operand.rounded is not None:
-        return inside(operand.source, operand.rounded, q.estimator.margin)
-    return None
+def gradient_factor(q: Quantizer, operand: Operand) -> Factor:
+    """What the estimator of a forward operand multiplies its gradient by, in rotated coordinates.
+
+    Booleans say where the gradient passes; None: everywhere as it is.
+    """
+    return None if operand.rounded is None else q.estimator.factor(operand.source, operand.rounded)
