@@ -1,6 +1,14 @@
-"""Writes the tables of README.md from the registries: `python -m docs.tables` (a test holds that they are current)."""
+"""Writes the tables of README.md and docs/recipes from the registries: `python -m docs.tables [--measure [PAGE …]]`.
 
+A test holds that they are current. With --measure the errors of products are measured too, which takes some minutes.
+"""
+
+import argparse
+import importlib
+import itertools
+import pkgutil
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -8,13 +16,41 @@ import jax.numpy as jnp
 
 from lowprec import formats, recipes
 from lowprec.analysis.format_table import bits_per_value
+from lowprec.analysis.product_errors import errors_table
 from lowprec.analysis.table import markdown_table
 from lowprec.ops import GemmRule
-from lowprec.quantizers import FourOverSix
+from lowprec.quantizers import DifferentiableGradient, Quantizer
+from lowprec.recipes import Recipe, library
 from lowprec.training import optimizer
 from lowprec.training.config import OptimizerConfig
 
 README = Path(__file__).parents[1] / "README.md"
+PAGES = Path(__file__).parent / "recipes"
+
+Row = tuple[str, ...]
+
+# What the scale rules are called in a table; absmax goes without saying.
+SCALES = {
+    "FourOverSix": "4/6",
+    "RootMeanSquare": "rms",
+    "AbsMean": "absmean",
+    "CrossQuant": "row·column",
+    "PowerOfTwoRatios": "ratios of 2",
+    "LeastSquares": "searched",
+    "Delayed": "delayed",
+    "RunningRange": "running range",
+    "LearnedStep": "learned step",
+    "LearnedClip": "learned clip",
+    "Elastic": "learned scale",
+    "LearnedExponentBias": "learned bias",
+    "LearnedBits": "noise",
+}
+
+
+def families() -> dict[str, tuple[Recipe, ...]]:
+    """The recipes of each file of the library; each has a page in docs/recipes."""
+    modules = [info.name for info in pkgutil.iter_modules(library.__path__)]
+    return {name: importlib.import_module(f"{library.__name__}.{name}").RECIPES for name in modules}
 
 
 def formats_table() -> str:
@@ -30,8 +66,43 @@ def formats_table() -> str:
 
 
 def recipes_table() -> str:
-    rows = [(name, *_products(recipes.get(name).rules[-1].gemm), recipes.get(name).source) for name in recipes.names()]
-    return markdown_table(("recipe", "forward x, w", "dgrad dy, w", "wgrad dy, x", "what it is"), rows, left=5)
+    rows = [(*_row(recipes.get(name)), recipes.get(name).source.replace("|", r"\|")) for name in recipes.names()]
+    header = ("recipe", "forward x, w", "dgrad dy, w", "wgrad dy, x", "what it is")
+    return markdown_table(header, _by_bits(rows), left=5)
+
+
+def family_table(family: Sequence[Recipe]) -> str:
+    rows = [_row(recipe) for recipe in family]
+    return markdown_table(("recipe", "forward x, w", "dgrad dy, w", "wgrad dy, x"), _by_bits(rows), left=4)
+
+
+def _row(recipe: Recipe) -> Row:
+    return (recipe.name, *_products(recipe.rules[-1].gemm))
+
+
+def _by_bits(rows: Sequence[Row]) -> list[Row]:
+    """Neighbours that differ in a number alone, the one in their names, as one row."""
+
+    def without_number(row):
+        number = _number(row[0])
+        return tuple(re.sub(rf"(?<![\d.]){number}(?![\d.])", "{b}", cell) for cell in row) if number else row
+
+    merged = []
+    for pattern, group in itertools.groupby(rows, key=without_number):
+        alike = list(group)
+        merged.append((f"{pattern[0]}, b = {_listed(alike)}", *pattern[1:]) if len(alike) > 1 else alike[0])
+    return merged
+
+
+def _listed(rows: Sequence[Row]) -> str:
+    numbers = [int(_number(row[0])) for row in rows]
+    in_turn = len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"{numbers[0]} … {numbers[-1]}" if in_turn else ", ".join(map(str, numbers))
+
+
+def _number(name: str) -> str:
+    found = re.findall(r"\d+", name)
+    return found[0] if len(found) == 1 else ""
 
 
 def _products(gemm: GemmRule) -> list[str]:
@@ -40,14 +111,17 @@ def _products(gemm: GemmRule) -> list[str]:
     return [", ".join(dict.fromkeys(pair)) for pair in products]
 
 
-def _short(q) -> str:
+def _short(q: Quantizer) -> str:
     named = {str(formats.parse(name)): name for name in formats.names()}
     text = named.get(str(q.format), str(q.format))
+    rotation = q.rotation and f"H{q.rotation.size}".replace("Hfull", "H")
     marks = [
-        "4/6" if isinstance(q.scale, FourOverSix) else "",
-        f"H{q.rotation.size}" if q.rotation else "",
+        SCALES.get(type(q.scale).__name__, ""),
+        f"{rotation}{' on rows' if q.rotation.side == 'outer' else ''}" if rotation else "",
+        "clamped" if q.clamp else "",
         "SR" if q.rounding.stochastic else "",
-        "eden" if q.correction else "",
+        "eden" if q.correction and str(q.correction).startswith("eden") else "",
+        "dge" if isinstance(q.estimator, DifferentiableGradient) else "",
     ]
     return " ".join(filter(None, (text, *marks)))
 
@@ -62,17 +136,38 @@ def optimizers_table() -> str:
     return markdown_table(("optimizer", "bytes of state a parameter"), rows, left=1)
 
 
-TABLES = {"formats": formats_table, "recipes": recipes_table, "optimizers": optimizers_table}
+Tables = Mapping[str, Callable[[], str]]
+
+TABLES: Tables = {"formats": formats_table, "recipes": recipes_table, "optimizers": optimizers_table}
 
 
-def with_tables(text: str) -> str:
+def page_tables(family: Sequence[Recipe], measure: bool) -> Tables:
+    """The tables of a page of docs/recipes."""
+    measured = {"errors": lambda: errors_table([recipe.name for recipe in family])} if measure else {}
+    return {"recipes": lambda: family_table(family)} | measured
+
+
+def with_tables(text: str, tables: Tables = TABLES) -> str:
     """The text with what stands between <!-- NAME --> and <!-- end --> written anew."""
-    for name, table in TABLES.items():
+    for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text, count = re.subn(pattern, lambda match, table=table: f"{match[1]}{table()}\n{match[2]}", text, flags=re.S)
-        assert count == 1, f"README.md has no place for the table of {name}"
+        assert count == 1, f"there is no place for the table of {name}"
     return text
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes the tables of README.md and docs/recipes.")
+    parser.add_argument(
+        "--measure", nargs="*", metavar="PAGE", help="measure errors anew, on these pages or on all (minutes)"
+    )
+    measure = parser.parse_args().measure
     README.write_text(with_tables(README.read_text()))
+    for name, family in families().items():
+        page = PAGES / f"{name}.md"
+        wanted = measure is not None and (not measure or name in measure)
+        page.write_text(with_tables(page.read_text(), page_tables(family, measure=wanted)))
+
+
+if __name__ == "__main__":
+    main()

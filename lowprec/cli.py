@@ -154,8 +154,12 @@ def _recipes(arguments: argparse.Namespace, extra: list[str]) -> int:
     _refuse(extra)
     from lowprec import recipes
 
-    if arguments.name:
-        print(recipes.parse(arguments.name).describe())
+    if arguments.names[:1] == ["compare"]:
+        print(recipes.comparison(arguments.names[1:]))
+        return DONE
+    if arguments.names:
+        _refuse(arguments.names[1:])
+        print(recipes.parse(arguments.names[0]).describe())
         return DONE
     width = max(map(len, recipes.names()))
     for name in recipes.names():
@@ -246,5 +250,13 @@ def _formats_parser(commands) -> None:
 
 
 def _recipes_parser(commands) -> None:
-    parser = _add(commands, "recipes", _recipes, "all named recipes, or who rounds what and how in one")
-    parser.add_argument("name", nargs="?", help='e.g. nvfp4, or a short form, e.g. "fwd=int4@row wgrad=bf16"')
+    parser = _add(
+        commands,
+        "recipes",
+        _recipes,
+        "all named recipes, who rounds what and how in one, or several compared",
+        usage="lowprec recipes [NAME]\n       lowprec recipes compare NAME NAME ...",
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help='e.g. nvfp4, or a short form, e.g. "fwd=int4@row wgrad=bf16"'
+    )

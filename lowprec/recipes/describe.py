@@ -1,5 +1,6 @@
 """Recipes and their list as tables that people read."""
 
+from lowprec.ops.accumulation import Accumulation
 from lowprec.ops.rule import PRODUCTS, GemmRule
 from lowprec.quantizers import Quantizer, StraightThrough
 
@@ -10,14 +11,18 @@ def describe(recipe) -> str:
         lines.append(f"layers {rule.pattern}{'  (where there are any)' if rule.optional else ''}")
         lines += [f"  {line}" for line in _describe_rule(rule.gemm)]
         lines.append("")
+    if recipe.loss_scaling:
+        lines.append(str(recipe.loss_scaling))
+    lines += [f"inputs of {rule.pattern} saved: {rule.policy}" for rule in recipe.saved]
     return "\n".join(lines).rstrip()
 
 
 def _describe_rule(gemm: GemmRule) -> list[str]:
-    if gemm.exact:
-        return ["left as they are"]
+    kept = [f"x is kept for the backward pass: {gemm.saved}"] if gemm.saved else []
+    if gemm.exact_products:
+        return ["left as they are", *kept]
     rows: list[tuple[str, ...]] = [
-        ("product", "operand", "format", "rotation", "scale", "rounding", "gradient", "taken from")
+        ("product", "operand", "format", "before", "scale", "rounding", "gradient", "taken from")
     ]
     for product, (first, second, _) in PRODUCTS.items():
         for operand, quantizer in zip((first, second), getattr(gemm, product), strict=True):
@@ -27,7 +32,9 @@ def _describe_rule(gemm: GemmRule) -> list[str]:
     lines.insert(1, "  ".join("-" * width for width in widths))
     if gemm.normalize_input:
         lines.append("x is divided by its root mean square first")
-    return [*lines, *(f"{name}: {formula}" for name, (*_, formula) in PRODUCTS.items())]
+    if gemm.accumulation != Accumulation():
+        lines.append(f"sums of all products: {gemm.accumulation}")
+    return [*lines, *kept, *(f"{name}: {formula}" for name, (*_, formula) in PRODUCTS.items())]
 
 
 def _columns(q: Quantizer, product: str) -> tuple[str, ...]:
@@ -44,4 +51,5 @@ def _columns(q: Quantizer, product: str) -> tuple[str, ...]:
         if product != "fwd"
         else str(q.estimator if not isinstance(q.estimator, StraightThrough) else "straight-through")
     )
-    return (str(q.format), str(q.rotation or ""), scale, str(q.rounding), gradient, source)
+    before = ", ".join(str(step) for step in (q.rotation, q.clamp) if step)
+    return (str(q.format), before, scale, str(q.rounding), gradient, source)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from lowprec.errors import UsageError
 from lowprec.ops import KEEP, GemmRule
+from lowprec.ops.saved import Codes, Exact, Policy
+from lowprec.recipes.hooks import LossScaling
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,43 @@ class LayerRule:
     optional: bool = False
 
     def __post_init__(self):
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise UsageError(f"the layer pattern {self.pattern!r} is not a regular expression: {error}") from None
+        _check_pattern(self.pattern)
 
     def matches(self, path: str) -> bool:
         return re.fullmatch(self.pattern, path) is not None
+
+
+@dataclass(frozen=True)
+class SavedRule:
+    """How the inputs of the norms, gates and attentions are saved whose whole path matches a regular expression.
+
+    Args:
+      pattern: as in `LayerRule`; e.g. "layers/3/mlp_norm", "layers/3/mlp/gating", "layers/3/attention/core".
+      policy: of `ops.saved`; what matches no pattern is differentiated as usual.
+      optional: as in `LayerRule`.
+    """
+
+    pattern: str
+    policy: Policy
+    optional: bool = False
+
+    def __post_init__(self):
+        _check_pattern(self.pattern)
+        if not isinstance(self.policy, Policy) or isinstance(self.policy, Codes):
+            raise UsageError(
+                f"saved inputs of {self.pattern!r}: Exact, Stored, RunningUint8 and Recompute are policies for them, "
+                f"not {self.policy!r}"
+            )
+
+    def matches(self, path: str) -> bool:
+        return re.fullmatch(self.pattern, path) is not None
+
+
+def _check_pattern(pattern):
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"the layer pattern {pattern!r} is not a regular expression: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -40,17 +72,26 @@ class Recipe:
       name: by which it is known; of a short-form recipe, the text itself.
       rules: pairs (pattern, GemmRule) in order, as a mapping or a tuple of `LayerRule`.
       source: where the method is described.
+      loss_scaling: done by the training step.
+      saved: pairs (pattern, policy) in order, as a mapping or a tuple of `SavedRule`: what norms, gates and attentions
+        keep of their inputs for the backward pass. (Of products a GemmRule says it.)
     """
 
     name: str
     rules: Mapping[str, GemmRule] | tuple[LayerRule, ...]
     source: str = ""
+    loss_scaling: LossScaling | None = None
+    saved: Mapping[str, Policy] | tuple[SavedRule, ...] = ()
 
     def __post_init__(self):
         rules = self.rules
         if isinstance(rules, Mapping):
             rules = tuple(LayerRule(pattern, gemm) for pattern, gemm in rules.items())
         object.__setattr__(self, "rules", tuple(rules))
+        saved = self.saved
+        if isinstance(saved, Mapping):
+            saved = tuple(SavedRule(pattern, policy) for pattern, policy in saved.items())
+        object.__setattr__(self, "saved", tuple(saved))
         if not self.rules:
             raise UsageError(f"recipe {self.name!r} has no rule; leave everything as it is with {{'.*': KEEP}}")
 
@@ -73,10 +114,29 @@ class Recipe:
             )
         return tuple(self.rules)[index].gemm
 
+    def match_saved(self, path: str) -> int | None:
+        """The index of the first of the `saved` rules that matches the path of a norm, a gate or an attention."""
+        return next((index for index, rule in enumerate(self.saved) if rule.matches(path)), None)
+
+    def saved_for(self, path: str) -> Policy:
+        """How the inputs of a norm, a gate or an attention are saved; `Exact` where no pattern matches."""
+        index = self.match_saved(path)
+        return Exact() if index is None else tuple(self.saved)[index].policy
+
     @property
     def stochastic(self) -> bool:
         """Whether training with it needs a key."""
-        return any(rule.gemm.stochastic for rule in self.rules)
+        return any(rule.policy.stochastic for rule in self.saved) or any(rule.gemm.stochastic for rule in self.rules)
+
+    @property
+    def learns(self) -> bool:
+        """Whether its quantizers have parameters."""
+        return any(rule.gemm.learns for rule in self.rules)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether its quantizers have state."""
+        return any(rule.policy.remembers for rule in self.saved) or any(rule.gemm.remembers for rule in self.rules)
 
     def describe(self) -> str:
         """A table for people: which layers, which product, which operand, quantized how."""
@@ -90,10 +150,14 @@ class Recipe:
 
 # Never quantized unless a recipe says so: the embedding table's product and the head (spec of every method here).
 EMBEDDINGS_AND_HEAD = LayerRule(
-    r"(.*/)?(embed|embedding|head|lm_head|logits|classifier)(_\d+)?(/.*)?", KEEP, optional=True
+    r"(.*/)?(embed|embedding|wte|wpe|tok_embeddings|head|lm_head|logits|classifier)(_\d+)?(/.*)?", KEEP, optional=True
 )
 
 
+# The two products of attention have activations on both sides.
+ATTENTION_PRODUCTS = LayerRule(r"(.*/)?(scores|context)", KEEP, optional=True)
+
+
 def everywhere(name: str, gemm: GemmRule, source: str = "") -> Recipe:
-    """The usual scope: all linear layers except embeddings and the head."""
-    return Recipe(name, (EMBEDDINGS_AND_HEAD, LayerRule(".*", gemm)), source)
+    """The usual scope: all linear layers except embeddings and the head, and not the products inside attention."""
+    return Recipe(name, (EMBEDDINGS_AND_HEAD, ATTENTION_PRODUCTS, LayerRule(".*", gemm)), source)

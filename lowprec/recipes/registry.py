@@ -1,11 +1,24 @@
 """The recipes by name."""
 
 from lowprec.errors import unknown
-from lowprec.recipes.library import baselines, fp4, fp8, int8, mantissa, qat
+from lowprec.recipes.library import (
+    baselines,
+    fp4,
+    fp8,
+    halo,
+    int8,
+    learned,
+    logarithmic,
+    mantissa,
+    mxfp4,
+    qat,
+    row_fp4,
+    saved,
+)
 from lowprec.recipes.recipe import Recipe
 from lowprec.recipes.short import parse_short
 
-_FAMILIES = (baselines, fp8, fp4, int8, qat, mantissa)
+_FAMILIES = (baselines, fp8, fp4, mxfp4, row_fp4, int8, halo, qat, learned, logarithmic, mantissa, saved)
 _RECIPES = {recipe.name: recipe for family in _FAMILIES for recipe in family.RECIPES}
 
 

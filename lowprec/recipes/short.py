@@ -3,7 +3,10 @@
     recipe  := product "=" operand ["," operand] {" " product "=" …}
     product := fwd (of x, w) | dgrad (of dy, w) | wgrad (of dy, x)
     operand := format ["(" option {" " option} ")"]
-    option  := a rounding mode | hadamard<size>[.fixed|.random] | clip | requantize
+    option  := a rounding mode | hadamard<size|full>[.fixed|.random][.outer] | clamp[<quantile>]
+               | rms | absmean | least_squares | four_over_six      (the scale; else absmax)
+               | clip | trust | dge                                 (the estimator; else straight-through)
+               | requantize
 
 One operand stands for both. A product left out stays as it is; so do embeddings and the head.
 """
@@ -14,11 +17,32 @@ from dataclasses import replace
 from lowprec.errors import UsageError, unknown
 from lowprec.formats.rounding import KINDS
 from lowprec.ops.rule import PRODUCTS, GemmRule
-from lowprec.quantizers import EXACT, REUSE, Clip, Hadamard, Quantizer
+from lowprec.quantizers import (
+    EXACT,
+    REUSE,
+    AbsMean,
+    ClampQuantiles,
+    Clip,
+    DifferentiableGradient,
+    FourOverSix,
+    Hadamard,
+    LeastSquares,
+    Quantizer,
+    RootMeanSquare,
+)
 from lowprec.recipes.recipe import Recipe, everywhere
 
 _OPERAND = re.compile(r"(?P<format>[^(),=]+)(?:\((?P<options>[^()]*)\))?")
-_HADAMARD = re.compile(r"hadamard(?P<size>\d+)(?:\.(?P<signs>fixed|random))?")
+_HADAMARD = re.compile(r"hadamard(?P<size>\d+|full)(?:\.(?P<signs>fixed|random))?(?P<outer>\.outer)?")
+_CLAMP = re.compile(r"clamp\[(?P<quantile>0?\.\d+)\]")
+# QuEST's trust on an equally spaced grid reaches half a step beyond the clip.
+_ESTIMATORS = {"clip": Clip(), "trust": Clip(margin=0.5), "dge": DifferentiableGradient()}
+_SCALES = {
+    "rms": RootMeanSquare(),
+    "absmean": AbsMean(),
+    "least_squares": LeastSquares(),
+    "four_over_six": FourOverSix(),
+}
 _WORDS = {"exact": EXACT, "reuse": REUSE}
 
 
@@ -65,16 +89,22 @@ def _operand(text, recipe):
 def _option(option):
     rotation = _HADAMARD.fullmatch(option)
     if rotation:
-        return {"rotation": Hadamard(int(rotation["size"]), rotation["signs"])}
-    if option == "clip":
-        return {"estimator": Clip()}
+        size = "full" if rotation["size"] == "full" else int(rotation["size"])
+        return {"rotation": Hadamard(size, rotation["signs"], "outer" if rotation["outer"] else "inner")}
+    clamp = _CLAMP.fullmatch(option)
+    if clamp:
+        return {"clamp": ClampQuantiles(float(clamp["quantile"]))}
+    if option in _ESTIMATORS:
+        return {"estimator": _ESTIMATORS[option]}
+    if option in _SCALES:
+        return {"scale": _SCALES[option]}
     if option == "requantize":
         return {"source": "requantize"}
     if option.partition("[")[0] in KINDS:
         return {"rounding": option}
-    raise unknown(
-        "option of an operand", option, (*KINDS, "hadamard16", "hadamard32", "hadamard128", "clip", "requantize")
-    )
+    rotations = ("hadamard16", "hadamard32", "hadamard128")
+    words = ("clamp[0.99]", *_SCALES, *_ESTIMATORS, "requantize")
+    raise unknown("option of an operand", option, (*KINDS, *rotations, *words))
 
 
 def _canonical(gemm: GemmRule) -> str:
@@ -91,11 +121,14 @@ def _operand_text(q):
         return "exact" if q == EXACT else "reuse"
     options = []
     if q.rotation:
-        options.append(f"hadamard{q.rotation.size}" + (f".{q.rotation.signs}" if q.rotation.signs else ""))
+        signs, side = (f".{q.rotation.signs}" if q.rotation.signs else ""), ("", ".outer")[q.rotation.side == "outer"]
+        options.append(f"hadamard{q.rotation.size}{signs}{side}")
+    if q.clamp:
+        options.append(f"clamp[{q.clamp.quantile:g}]")
     if q.rounding.kind != "nearest_even":
         options.append(str(q.rounding))
-    if isinstance(q.estimator, Clip):
-        options.append("clip")
+    options += [word for word, scale in _SCALES.items() if q.scale == scale]
+    options += [word for word, estimator in _ESTIMATORS.items() if q.estimator == estimator]
     if q.source == "requantize":
         options.append("requantize")
     return f"{q.format}({' '.join(options)})" if options else str(q.format)

@@ -22,7 +22,7 @@ import lowprec as package
         (["train", "--config.train.steps=0"], "train.steps is at least 1, not 0"),
         (["train", "--config.data.name=markov_txt"], "unknown data set 'markov_txt'; did you mean markov_text"),
         (["train", "--config.data.tokenizer=bpe"], "tokenizer"),
-        (["train", "--config.model.name=lama", "--config.data.name=markov_text/size4096"], "did you mean llama?"),
+        (["train", "--config.model.name=lama", "--config.data.name=markov_text/size4096"], "did you mean llama"),
         (["train", "--config.optimizer.name=adam"], "unknown optimizer 'adam'; did you mean adamw?"),
         (["train", "--config=nowhere/lm_tiny.py"], "unknown config file 'nowhere/lm_tiny.py'"),
         (["train", "--confg=x.py"], "unknown option '--confg'; did you mean --config"),
@@ -32,7 +32,7 @@ import lowprec as package
         (["formats", "nvfp5"], "unknown format 'nvfp5'; did you mean nvfp4"),
         (["formats", "e4m3"], "ambiguous"),
         (["formats", "nvfp4", "mxfp4"], "unknown argument 'mxfp4'"),
-        (["recipes", "quartet3"], "unknown recipe 'quartet3'; did you mean quartet2"),
+        (["recipes", "quartet3"], "unknown recipe 'quartet3'; did you mean quartet, quartet2"),
     ],
 )
 def test_says_what_would_be_valid(lowprec, tmp_path, monkeypatch, arguments, message):

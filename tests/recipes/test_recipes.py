@@ -41,28 +41,6 @@ def test_the_description_names_every_format_and_rounding_in_it(name):
                 assert str(quantizer.rotation or "") in text
 
 
-@pytest.mark.parametrize("name", recipes.names())
-def test_zero_blocks_outliers_and_equal_rows_give_finite_products_and_gradients(name):
-    gemm = recipes.get(name).rule_for("layers/0/mlp/up")
-    normal = jax.random.normal(jax.random.key(0), (32, 48))
-    inputs = jnp.stack(
-        [normal.at[:, :20].set(0), normal.at[3, 5].set(1000.0), jnp.full((32, 48), 0.37), jnp.zeros((32, 48))]
-    )
-    w = 0.1 * jax.random.normal(jax.random.key(1), (48, 24))
-
-    @jax.jit
-    def gradients(x):
-        y, vjp = jax.vjp(lambda x, w: qdot(x, w, gemm, key=jax.random.key(2)), x, w)
-        return y, *vjp(y)
-
-    for x in inputs:
-        assert all(bool(jnp.all(jnp.isfinite(v))) for v in gradients(x))
-    y, dx, dw = gradients(inputs[3])  # all zeros
-    # Zeros stay zeros, but on a mid-rise grid, which has none: there they are lost in its offset of 1e-8.
-    largest = max(float(jnp.max(jnp.abs(v))) for v in (y, dx, dw))
-    assert largest < 1e-7 if name.startswith("quest") else largest == 0
-
-
 def test_the_first_rule_that_matches_wins():
     fp8 = recipes.get("fp8").rules[-1].gemm
     recipe = Recipe("mine", {"head": KEEP, "layers/[01]/.*": KEEP, "layers/.*": fp8, ".*": KEEP})
@@ -110,7 +88,9 @@ def test_the_short_form_of_the_documentation():
 _FORMATS = st.sampled_from(
     ["int4@row", "nvfp4", "mxfp8", "bf16", "e4m3fn@1x128", "ternary@tensor/bf16", "int3_midrise@row"]
 )
-_ROUNDINGS = st.sampled_from(["", "stochastic", "stochastic[8]", "toward_zero", "clip", "stochastic clip"])
+_ROUNDINGS = st.sampled_from(
+    ["", "stochastic", "stochastic[8]", "toward_zero", "clip", "stochastic clip", "clamp[0.9] dge"]
+)
 
 
 @st.composite
@@ -167,3 +147,10 @@ def test_bitnet_normalizes_its_input_and_differentiates_through():
     # Euler: the gradient of a function of degree 0 is orthogonal to its argument, straight-through or not.
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(qdot(x, w, gemm) ** 2)))(x)
     assert float(jnp.max(jnp.abs(jnp.sum(gradient * x, axis=1)))) < 1e-3 * float(jnp.max(jnp.abs(gradient)))
+
+
+def test_scales_and_estimators_of_the_short_form():
+    gemm = recipes.parse("fwd=int3_midrise@row(hadamard128 rms trust) dgrad=exact,reuse wgrad=exact,reuse").rule_for(
+        "x"
+    )
+    assert gemm == recipes.get("quest_3").rule_for("x")

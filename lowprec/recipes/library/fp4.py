@@ -1,4 +1,4 @@
-"""Four-bit floats."""
+"""Four-bit floats in NVFP4 blocks: 16 values share an e4m3 scale, a tensor a float32 one."""
 
 from dataclasses import replace
 
@@ -57,4 +57,15 @@ tetrajet = everywhere(
     "TetraJet-v2 without its oscillation and outlier control: NVFP4, unbiased rotated backward of the forward values",
 )
 
-RECIPES = (nvfp4, quartet2, fp4_all_the_way, tetrajet)
+# A uniform grid of 15 values: rounding rotated values on it to nearest does not shrink them, as e2m1fn does.
+UNIFORM = Quantizer("e1m2fn@1x16/e4m3fn.tensor", Hadamard(16, signs="random"), pad=True)
+UNIFORM_GRADIENT = replace(UNIFORM, rounding="stochastic", scale=AbsMax(headroom=17 / 16))
+
+ufp4 = everywhere(
+    "ufp4",
+    GemmRule(fwd=(UNIFORM, UNIFORM), dgrad=(UNIFORM_GRADIENT, UNIFORM), wgrad=(UNIFORM_GRADIENT, UNIFORM)),
+    "UFP4, arXiv 2606.20381: a uniform grid (E1M2), random Hadamard rotations in all products, stochastic rounding of "
+    "dy alone (blocks and rotations of 16, as in NVFP4)",
+)
+
+RECIPES = (nvfp4, quartet2, fp4_all_the_way, tetrajet, ufp4)

@@ -1,7 +1,10 @@
-"""Eight-bit integers: real int8 products wherever XLA has them."""
+"""Integers of eight and sixteen bits: real int8 products wherever XLA has them."""
+
+from dataclasses import replace
 
 from lowprec.ops import GemmRule
-from lowprec.quantizers import REUSE, Quantizer
+from lowprec.ops.accumulation import IntegerAccumulation
+from lowprec.quantizers import EXACT, REUSE, Clip, Quantizer
 from lowprec.recipes.recipe import everywhere
 
 ROW = Quantizer("int8_symmetric@row")
@@ -17,7 +20,38 @@ int8 = everywhere(
 int8_full = everywhere(
     "int8_full",
     GemmRule(fwd=(ROW, ROW), dgrad=(ROW_STOCHASTIC, ROW), wgrad=(ROW_STOCHASTIC, ROW)),
-    "all three products in int8, a scale a row of each; gradients rounded stochastically, hence unbiased",
+    "all three products in int8, a scale a row of each; gradients rounded stochastically",
 )
 
-RECIPES = (int8, int8_full)
+# A tile is the same along either axis: what a backward product reuses is what quantizing again would give.
+TILE32 = Quantizer("int8_symmetric@32x32", pad=True)
+
+jetfire = everywhere(
+    "jetfire",
+    GemmRule(fwd=(TILE32, TILE32), dgrad=(TILE32, REUSE), wgrad=(REUSE, REUSE)),
+    "Jetfire, arXiv 2403.12422: int8 tiles of 32x32 in all products (of its int8 data flow the saved activations)",
+)
+
+DFP16 = Quantizer("dfp16")
+
+dfp16 = everywhere(
+    "dfp16",
+    GemmRule(
+        fwd=(DFP16, DFP16), dgrad=(DFP16, REUSE), wgrad=(REUSE, REUSE), accumulation=IntegerAccumulation(chunk=256)
+    ),
+    "dynamic fixed point, Das et al., arXiv 1802.00930: int16 with an exponent a tensor, chained integer sums",
+)
+
+# Weights are kept in their own units, where the scaling of gradients by 1 / s² is one; for those who keep codes:
+# optim.quantization_aware_scaling.
+qas_int8 = everywhere(
+    "qas_int8",
+    GemmRule(
+        fwd=(replace(TENSOR, estimator=Clip()), replace(ROW, estimator=Clip())),
+        dgrad=(EXACT, REUSE),
+        wgrad=(EXACT, REUSE),
+    ),
+    "on-device training, arXiv 2206.15472: an int8 graph, weights by output channel, gradients of it in float32",
+)
+
+RECIPES = (int8, int8_full, jetfire, dfp16, qas_int8)

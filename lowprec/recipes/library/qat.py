@@ -1,7 +1,18 @@
 """Quantization-aware training: a quantized forward pass, gradients of the quantized operands in high precision."""
 
 from lowprec.ops import GemmRule
-from lowprec.quantizers import EXACT, REUSE, AbsMax, AbsMean, Clip, Hadamard, Quantizer, RootMeanSquare
+from lowprec.quantizers import (
+    EXACT,
+    REUSE,
+    AbsMax,
+    AbsMean,
+    Clip,
+    CrossQuant,
+    Hadamard,
+    Quantizer,
+    RootMeanSquare,
+    SignAboutMean,
+)
 from lowprec.recipes.recipe import everywhere
 
 
@@ -22,15 +33,28 @@ def quest(bits: int):
     )
 
 
+TOKENS = Quantizer("int8@row", scale=AbsMax(floor=1e-5))
+
 bitnet158 = everywhere(
     "bitnet158",
     GemmRule(
-        fwd=(Quantizer("int8@row", scale=AbsMax(floor=1e-5)), Quantizer("ternary@tensor", scale=AbsMean(floor=1e-5))),
+        fwd=(TOKENS, Quantizer("ternary@tensor", scale=AbsMean(floor=1e-5))),
         dgrad=(EXACT, REUSE),
         wgrad=(EXACT, REUSE),
         normalize_input=True,
     ),
     "BitNet b1.58, arXiv 2402.17764 and its training tips: ternary weights, 8-bit activations, normalized inputs",
+)
+
+bitnet1 = everywhere(
+    "bitnet1",
+    GemmRule(
+        fwd=(TOKENS, Quantizer("binary@tensor", scale=AbsMean(floor=1e-5), correction=SignAboutMean())),
+        dgrad=(EXACT, REUSE),
+        wgrad=(EXACT, REUSE),
+        normalize_input=True,
+    ),
+    "BitNet, arXiv 2310.11453: one-bit weights, sign(w - mean w) · mean |w|, 8-bit activations, normalized inputs",
 )
 
 trilm = everywhere(
@@ -39,4 +63,17 @@ trilm = everywhere(
     "TriLM, arXiv 2407.12327: ternary weights, activations as they are",
 )
 
-RECIPES = (*(quest(bits) for bits in range(1, 9)), bitnet158, trilm)
+
+def crossquant(bits: int):
+    return everywhere(
+        f"crossquant_int{bits}",
+        GemmRule(
+            fwd=(Quantizer(f"int{bits}@row", scale=CrossQuant(0.15)), Quantizer(f"int{bits}@row")),
+            dgrad=(EXACT, REUSE),
+            wgrad=(EXACT, REUSE),
+        ),
+        f"CrossQuant, arXiv 2410.07505: {bits}-bit activations scaled by row and column, weights by output channel",
+    )
+
+
+RECIPES = (*(quest(bits) for bits in range(1, 9)), bitnet158, bitnet1, trilm, crossquant(8), crossquant(4))
