@@ -10,8 +10,9 @@ from lowprec.models import ladder
 from lowprec.models.config import ModelConfig
 from lowprec.models.counts import Counts, count_parameters, flops_per_token
 from lowprec.models.llama import Llama
+from lowprec.models.unit_llama import UnitLlama
 
-_ARCHITECTURES = {"llama": Llama}
+_ARCHITECTURES = {"llama": Llama, "unit_llama": UnitLlama}
 
 
 def names() -> tuple[str, ...]:
@@ -25,4 +26,14 @@ def build(config: ModelConfig, vocab_size: int) -> nn.Module:
     return _ARCHITECTURES[config.name](config, vocab_size)
 
 
-__all__ = ["Counts", "Llama", "ModelConfig", "build", "count_parameters", "flops_per_token", "ladder", "names"]
+__all__ = [
+    "Counts",
+    "Llama",
+    "ModelConfig",
+    "UnitLlama",
+    "build",
+    "count_parameters",
+    "flops_per_token",
+    "ladder",
+    "names",
+]

@@ -18,7 +18,7 @@ class ModelConfig:
       mlp_width: of the gated layer; 0: 8/3 · D, up to a multiple of 256 (of 32 below D = 512).
       dtype: of activations and of unquantized products: float32 or bfloat16. Parameters are float32.
       remat: recompute the inside of each block in the backward pass.
-      init_std: of kernels and embeddings.
+      init_std: of kernels and embeddings (of unit_llama it is 1, whatever is said here).
       rotary_base: of the position frequencies.
       norm_epsilon: of the RMS norms.
     """

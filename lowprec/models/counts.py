@@ -25,7 +25,7 @@ class Counts:
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> Counts:
-    """Counts the parameters of a Llama."""
+    """Counts the parameters of a Llama, unit-scaled or not."""
     D, head = config.width, config.width // config.heads
     attention = 2 * D * D + 2 * D * head * config.key_heads
     linear = config.layers * (attention + 3 * D * config.gate_width)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lowprec.models.config import ModelConfig
 from lowprec.nn.attention import CausalSelfAttention
+from lowprec.nn.gates import SiluGate
 from lowprec.nn.stack import LayerStack
 from lowprec.typing import Array, Float, Int
 
@@ -25,7 +26,8 @@ class GatedMLP(nn.Module):
         dense = lambda features, name: nn.Dense(
             features, use_bias=False, dtype=c.dtype, kernel_init=nn.initializers.normal(c.init_std), name=name
         )
-        hidden_BTF = nn.silu(dense(c.gate_width, "gate")(x_BTD)) * dense(c.gate_width, "up")(x_BTD)
+        gate_BTF, up_BTF = dense(c.gate_width, "gate")(x_BTD), dense(c.gate_width, "up")(x_BTD)
+        hidden_BTF = SiluGate(name="gating")(gate_BTF, up_BTF)
         return dense(c.width, "down")(hidden_BTF)
 
 

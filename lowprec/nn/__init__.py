@@ -4,6 +4,6 @@ import importlib
 
 
 def __getattr__(name):
-    if name == "linen":
-        return importlib.import_module("lowprec.nn.linen")
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"lowprec.nn.{name}")
     raise AttributeError(f"module 'lowprec.nn' has no attribute {name!r}")

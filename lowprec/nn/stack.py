@@ -1,17 +1,23 @@
 """A stack of equal blocks, scanned, whose layers may still follow different rules.
 
 The parameters of all layers are stored stacked, whatever the recipe: checkpoints and initial values do not depend on
-it. Runs of layers that a recipe treats alike are scanned together, each compiled once.
+it. Runs of layers that a recipe treats alike are scanned together, each compiled once. Other collections, which belong
+to the recipe, are stacked run by run, under the name "start:stop" of the run.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+
+from lowprec.ops.saved import KEPT
+from lowprec.typing import Array
 
 Segments = tuple[tuple[int, int], ...]
+
+_RUN = re.compile(r"(\d+):(\d+)")
 
 
 class LayerStack(nn.Module):
@@ -22,29 +28,22 @@ class LayerStack(nn.Module):
       length: L.
       remat: recompute the inside of each block in the backward pass.
       segments: runs [start, stop) of layers scanned together; None: all of them. `nn.linen.quantize` sets it.
+      recomputed: starts of the runs whose blocks keep only what is named `ops.saved.KEPT`. Set as segments are.
     """
 
     block: Callable[[str], nn.Module]
     length: int
     remat: bool = False
     segments: Segments | None = None
+    recomputed: frozenset[int] = frozenset()
 
     @nn.compact
     def __call__(self, x, *args):
         if self.is_initializing():
             self._initialize(x, args)
-        variables = dict(self.variables)
         streams = {name: self.make_rng(name) for name in ("quant", "dropout") if self.has_rng(name)}
-        mutable = [name for name in variables if name != "params" and self.is_mutable_collection(name)]
-        updates = []
         for start, stop in self.segments or ((0, self.length),):
-            layers = jax.tree.map(lambda leaf: leaf[start:stop], variables)  # noqa: B023 (called at once)
-            x, update = self._scan(x, args, layers, range(start, stop), streams, mutable)
-            updates.append(update)
-        for name in mutable:
-            stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(update[name] for update in updates))
-            for key, value in stacked.items():
-                self.put_variable(name, key, value)
+            x = self._scan(x, args, start, stop, streams)
         return x
 
     def _block_at(self, index: int) -> nn.Module:
@@ -52,33 +51,71 @@ class LayerStack(nn.Module):
 
     def _initialize(self, x, args):
         block = self._block_at(0)
-        streams = {name: self.make_rng(name) for name in ("quant",) if self.has_rng(name)}
         keys = jax.random.split(self.make_rng("params"), self.length)
-        stacked = jax.vmap(lambda key: block.init({"params": key, **streams}, x, *args))(keys)
-        for collection, tree in stacked.items():
-            for name, value in tree.items():
-                if collection == "params":
-                    self.param(name, lambda _, value=value: value)
-                else:
-                    self.put_variable(collection, name, value)
+        init = lambda key: block.init({"params": key}, x, *args, mutable=["params"])["params"]
+        for name, value in jax.vmap(init)(keys).items():
+            self.param(name, lambda _, value=value: value)
 
-    def _scan(self, x, args, layers, indices, streams, mutable) -> tuple[Any, Any]:
-        block = self._block_at(indices.start)
+    def _scan(self, x, args, start, stop, streams):
+        block, run = self._block_at(start), f"{start}:{stop}"
+        own = {name: tree[run] for name, tree in self.variables.items() if name != "params" and run in tree}
+        layers = own | {"params": jax.tree.map(lambda leaf: leaf[start:stop], self.variables["params"])}
+        mutable = [name for name in ("quant_params", "quant", "taps") if self.is_mutable_collection(name)]
 
         def body(x, layer):
             variables, index = layer
             rngs = {name: jax.random.fold_in(key, index) for name, key in streams.items()}
             y, update = block.apply(variables, x, *args, rngs=rngs, mutable=mutable or ["nothing"])
-            return y, {name: update.get(name, {}) for name in mutable}
+            return y, {name: update[name] for name in mutable if name in update}
 
         if self.remat:
             body = jax.checkpoint(body, prevent_cse=False)
-        return jax.lax.scan(body, x, (layers, jnp.arange(indices.start, indices.stop)))
+        elif start in self.recomputed:
+            named = jax.checkpoint_policies.save_only_these_names(KEPT)
+            body = jax.checkpoint(body, prevent_cse=False, policy=named)
+        x, updates = jax.lax.scan(body, x, (layers, jax.numpy.arange(start, stop)))
+        for name, value in updates.items():
+            self.put_variable(name, run, value)
+        return x
 
 
 def module_path(module: nn.Module) -> str:
     """The path of a bound module in the whole model: that of its scope, after the prefix of the block it lies in."""
+    return "/".join(filter(None, (_prefix(module), *module.scope.path)))
+
+
+def is_stacked(module: nn.Module) -> bool:
+    """Whether a bound module lies in a block of a `LayerStack`."""
+    return bool(_prefix(module))
+
+
+def _prefix(module):
     root = module
     while isinstance(root.parent, nn.Module):
         root = root.parent
-    return "/".join(filter(None, (getattr(root, "path_prefix", ""), *module.scope.path)))
+    return getattr(root, "path_prefix", "")
+
+
+def first_layer(names: Sequence[str]) -> str:
+    """The module path of an entry of a collection; inside a stack, that of the first layer of its run."""
+    return "/".join(match[1] if (match := _RUN.fullmatch(name)) else name for name in names)
+
+
+def layer_paths(names: Sequence[str], leaf: Array, axes: int) -> Iterator[tuple[str, Any]]:
+    """The module path and value of each layer that a leaf of a collection holds.
+
+    Args:
+      names: along the path of the leaf.
+      leaf: of one layer it would have so many `axes`; those before are of stacks. Of a model's own nn.scan, which says
+        nothing about itself, the index of a layer stands after the first name.
+    """
+    if leaf.ndim == axes:
+        yield "/".join(names), leaf
+        return
+    place = next((i for i, name in enumerate(names) if _RUN.fullmatch(name)), None)
+    if place is not None:
+        start, before, after = int(names[place].partition(":")[0]), names[:place], names[place + 1 :]
+    else:
+        start, before, after = 0, names[:1], names[1:]
+    for index, part in enumerate(leaf, start):
+        yield from layer_paths([*before, str(index), *after], part, axes)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowprec import recipes
+from lowprec import models, recipes
+from lowprec.models import ModelConfig
 from lowprec.nn import linen
 from lowprec.ops import KEEP, GemmRule, qdot
 from lowprec.quantizers import EXACT, REUSE, Quantizer, fake_quant
@@ -140,7 +141,9 @@ def test_dense_general_and_the_projections_of_attention_are_served():
 
     x = jax.random.normal(jax.random.key(0), (2, 6, 16))
     model = linen.quantize(Attention(), RECIPE)
-    assert set(model.layers(x)) == {"split", *(f"attention/{name}" for name in ("query", "key", "value", "out"))}
+    inner = ("query", "key", "value", "out", "scores", "context")
+    assert set(model.layers(x)) == {"split", *(f"attention/{name}" for name in inner)}
+    assert model.layers(x)["attention/scores"].exact and not model.layers(x)["attention/query"].exact
     params = model.init(jax.random.key(0), x)
     expected = Attention().init(jax.random.key(0), x)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
@@ -169,7 +172,10 @@ def test_the_product_with_an_embedding_table_is_served():
 
 @pytest.mark.parametrize(
     ("layer", "kind"),
-    [(nn.Conv(4, (3,), name="filter"), "nn.Conv"), (nn.Einsum((16, 4), "ab,bc->ac", name="filter"), "nn.Einsum")],
+    [
+        (nn.ConvTranspose(4, (3,), name="filter"), "nn.ConvTranspose"),
+        (nn.ConvLocal(4, (3,), name="filter"), "nn.ConvLocal"),
+    ],
 )
 def test_layers_without_a_hook_are_refused_by_name_unless_kept(layer, kind):
     class Net(nn.Module):
@@ -245,3 +251,63 @@ def test_a_layer_called_twice_is_quantized_twice():
 def test_quantize_takes_a_name_or_a_short_form():
     assert linen.quantize(Net("loop"), "fp8").recipe == recipes.get("fp8")
     assert linen.quantize(Net("loop"), "fwd=int4@row").recipe == recipes.parse("fwd=int4@row")
+
+
+def test_learned_parameters_and_state_live_in_collections_of_their_own():
+    """In a loop and in a scan that lists the collections; "params" stay the plain model's."""
+
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes = dict.fromkeys(("params", linen.LEARNED, linen.STATE, linen.TAPS), 0)
+            block = nn.scan(Block, variable_axes=axes, split_rngs={"params": True, linen.STREAM: True}, length=3)
+            return block(name="blocks")(x, None)[0]
+
+    learns, remembers = linen.quantize(Scanned(), "lsq_4"), linen.quantize(Scanned(), "fp8_delayed")
+    variables = learns.init(jax.random.key(0), X)
+    assert set(variables) == {"params", "quant_params"}
+    assert variables["quant_params"]["blocks"]["up"]["fwd.w"]["step"].shape == (3, 1, 1)
+    # 2 · mean|w| / √7 of each layer's own kernel.
+    kernels = variables["params"]["blocks"]["up"]["kernel"]
+    expected = 2 * jnp.mean(jnp.abs(kernels), axis=(1, 2)) / np.sqrt(7)
+    steps = variables["quant_params"]["blocks"]["up"]["fwd.w"]["step"]
+    np.testing.assert_allclose(steps.ravel(), expected, rtol=1e-5)
+    again = learns.init_quantizers(variables["params"], X)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)  # means of two programs
+    jax.tree.map(close, again["quant_params"], variables["quant_params"])
+
+    variables = remembers.init(jax.random.key(0), X)
+    slots = remembers.state_slots(X)
+
+    def loss(taps):
+        return jnp.sum(remembers.apply({**variables, linen.TAPS: taps}, X) ** 2)
+
+    after = remembers.next_state(variables["quant"], jax.jit(jax.grad(loss))(slots))
+    scales = after["blocks"]["up"]["fwd.w"]["scale"]
+    np.testing.assert_allclose(scales, jnp.max(jnp.abs(kernels), axis=(1, 2)) / 448, rtol=1e-6)
+
+
+def test_what_is_missing_is_named():
+    model = linen.quantize(Net("loop"), "lsq_4")
+    variables = model.init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=r"needs learned parameters.*'quant_params'"):
+        model.apply({"params": variables["params"]}, X)
+    with pytest.raises(ValueError, match=r"needs state.*'quant'"):
+        linen.quantize(Net("loop"), "fp8_delayed").apply({"params": variables["params"]}, X)
+    with pytest.raises(ValueError, match="list it in variable_axes"):
+        linen.quantize(Net("scan"), "lsq_4").apply(Net("scan").init(jax.random.key(0), X), X)
+
+
+def test_a_stack_keeps_the_variables_of_layers_under_different_rules_apart():
+    """The first layer as it is, the others with a learned step: parameters stacked, the rest run by run."""
+    config = ModelConfig(layers=3, width=16, heads=2)
+    rule = recipes.get("lsq_4").rules[-1].gemm
+    recipe = recipes.Recipe("mine", {"layers/0/.*": KEEP, ".*(scores|context)": KEEP, "layers/.*": rule, ".*": KEEP})
+    model, tokens = linen.quantize(models.build(config, 11), recipe), jnp.zeros((2, 5), jnp.int32)
+    variables = jax.jit(lambda: model.init(jax.random.key(0), tokens))()
+    assert set(variables["quant_params"]["layers"]) == {"1:3"}
+    assert variables["quant_params"]["layers"]["1:3"]["mlp"]["up"]["fwd.w"]["step"].shape == (2, 1, 1)
+    taps = model.tap_slots(tokens)
+    gradient = jax.jit(jax.grad(lambda taps: jnp.sum(model.apply({**variables, "taps": taps}, tokens) ** 2)))(taps)
+    measured = {path for path, of in linen.tap_statistics(gradient).items() if of}
+    assert {path.split("/")[1] for path in measured} == {"1", "2"}
