@@ -68,6 +68,8 @@ class OptimizerConfig:
       warmup_fraction: of all steps, over which the learning rate rises from a hundredth.
       final_fraction: of the peak, to which it falls at the last step.
       clip: the largest global norm of the gradient; 0: no clipping.
+      quant_lr: peak learning rate of learned quantizer parameters, relative to their size.
+      quant_weight_decay: of learned quantizer parameters (PACT's clips, the bit widths of PQT).
     """
 
     name: str = "adamw"
@@ -79,13 +81,18 @@ class OptimizerConfig:
     warmup_fraction: float = 0.1
     final_fraction: float = 0.1
     clip: float = 1.0
+    quant_lr: float = 4e-3
+    quant_weight_decay: float = 0.0
 
     def __post_init__(self):
-        _check(0 <= self.lr < math.inf, "optimizer.lr", "at least 0 and finite", self.lr)
+        for name in ("lr", "quant_lr"):
+            rate = getattr(self, name)
+            _check(0 <= rate < math.inf, f"optimizer.{name}", "at least 0 and finite", rate)
         for name in ("b1", "b2"):
             _check(0 <= getattr(self, name) < 1, f"optimizer.{name}", "from 0 to below 1", getattr(self, name))
         _check(self.eps > 0, "optimizer.eps", "above 0", self.eps)
-        _check(self.weight_decay >= 0, "optimizer.weight_decay", "at least 0", self.weight_decay)
+        for name in ("weight_decay", "quant_weight_decay"):
+            _check(getattr(self, name) >= 0, f"optimizer.{name}", "at least 0", getattr(self, name))
         for name in ("warmup_fraction", "final_fraction"):
             _check(0 <= getattr(self, name) <= 1, f"optimizer.{name}", "from 0 to 1", getattr(self, name))
         _check(self.clip >= 0, "optimizer.clip", "at least 0 (0: none)", self.clip)

@@ -61,20 +61,20 @@ class Evaluation:
 
 
 def make_window_losses(model, quantized) -> Callable:
-    """(params, tokens (B, T + 1), key) -> (2, B): mean loss of each window, quantized and in full precision."""
+    """(variables, tokens (B, T + 1), key) -> (2, B): mean loss of each window, quantized and in full precision."""
 
-    def window_losses(params, tokens: Int[Array, "B T"], key: jax.Array) -> Float[Array, "2 B"]:
+    def window_losses(variables, tokens: Int[Array, "B T"], key: jax.Array) -> Float[Array, "2 B"]:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         logits = (
-            quantized.apply({"params": params}, inputs, rngs={"quant": key}),
-            model.apply({"params": params}, inputs),
+            quantized.apply(variables, inputs, rngs={"quant": key}),
+            model.apply({"params": variables["params"]}, inputs),
         )
         return jnp.stack([jnp.mean(token_losses(each, targets), axis=-1) for each in logits])
 
     return window_losses
 
 
-def evaluate(window_losses: Callable, params, batches: Sequence[dict], key: jax.Array) -> Evaluation:
+def evaluate(window_losses: Callable, variables, batches: Sequence[dict], key: jax.Array) -> Evaluation:
     """Runs through all batches before it reads anything back.
 
     Args:
@@ -83,7 +83,7 @@ def evaluate(window_losses: Callable, params, batches: Sequence[dict], key: jax.
       key: of a forward pass that rounds at random; the same at each evaluation, so that runs can be compared.
     """
     losses = [
-        window_losses(params, batch["tokens"], jax.random.fold_in(key, index)) for index, batch in enumerate(batches)
+        window_losses(variables, batch["tokens"], jax.random.fold_in(key, index)) for index, batch in enumerate(batches)
     ]
     counted = np.concatenate([np.asarray(batch["weight"]) for batch in batches]) > 0
     quantized, full = np.concatenate([np.asarray(each, np.float64) for each in losses], axis=1)[:, counted]

@@ -22,10 +22,10 @@ DIGITS = 5
 
 
 def make_tap_gradient(quantized) -> Callable:
-    """(params, taps, tokens (B, T + 1), key) -> cotangents of the taps."""
+    """(variables, taps, tokens (B, T + 1), key) -> cotangents of the taps."""
 
-    def tap_gradient(params, taps, tokens: Int[Array, "B T"], key: jax.Array):
-        return jax.grad(lambda taps: mean_loss(quantized, params, tokens, key, taps=taps))(taps)
+    def tap_gradient(variables, taps, tokens: Int[Array, "B T"], key: jax.Array):
+        return jax.grad(lambda taps: mean_loss(quantized, variables | {"taps": taps}, tokens, key))(taps)
 
     return tap_gradient
 
@@ -62,6 +62,19 @@ class Health:
         sqnr, path, name = min(found)
         return path, name, sqnr
 
+    def drowned(self) -> list[str]:
+        """The gradients whose rounding noise is above 1/√3 of them: "layer operand", least signal first.
+
+        There low precision no longer pays; the backward products want bf16 (FP4 All the Way, arXiv 2505.19115, §4).
+        """
+        ratios = [
+            (each.gradient_to_noise, f"{path} {name}")
+            for path, of_layer in self.layers.items()
+            for name, each in of_layer.items()
+            if name.endswith(".dy")
+        ]
+        return [where for ratio, where in sorted(ratios) if ratio < math.sqrt(3)]
+
     def metrics(self) -> dict[str, Any]:
         """As they stand in a line of metrics.jsonl; what is infinite or undefined is null."""
         if not self.layers:
@@ -83,6 +96,7 @@ class Health:
         return {
             **self.overall(),
             "by_operand": self.by_operand(),
+            "drowned": self.drowned(),
             "worst": None if worst is None else {"layer": worst[0], "operand": worst[1], "sqnr_db": _short(worst[2])},
         }
 

@@ -142,7 +142,7 @@ class Training:
 
     def _evaluate(self) -> dict[str, Any]:
         """Numbers for the line of this step."""
-        evaluation = self.program.evaluate(self.state.params).metrics(self.program.data)
+        evaluation = self.program.evaluate(self.state.variables).metrics(self.program.data)
         if not math.isfinite(evaluation["eval_loss"]):
             return evaluation
         self.progress["evaluation"] = {"step": self.step, **evaluation}
@@ -156,7 +156,7 @@ class Training:
         )
         health: dict[str, Any] = {}
         if self.program.config.eval.health:
-            measured = self.program.measure_health(self.state.params)
+            measured = self.program.measure_health(self.state.variables)
             health = measured.metrics()
             self.progress["health"] = measured.summary()
             worst = measured.worst()

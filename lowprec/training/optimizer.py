@@ -7,6 +7,7 @@ and with SGD  m ← b1·m + g,  w ← w - lr(t)·(m + weight_decay·w).  All of 
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,20 @@ def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransf
         _RULES[config.name](config),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
+    )
+
+
+def build_quantizer_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Of learned quantizer parameters: Adam, whose updates are in proportion to the root mean square of each parameter.
+
+    Step sizes, clips and bit widths differ by orders of magnitude from each other and from weights; `quant_lr` is their
+    relative change. Decay is that of `quant_weight_decay` alone.
+    """
+    return optax.chain(
+        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32),
+        optax.scale_by_param_block_rms(),
+        optax.add_decayed_weights(config.quant_weight_decay),
+        optax.scale_by_learning_rate(learning_rate(replace(config, lr=config.quant_lr), steps)),
     )
 
 

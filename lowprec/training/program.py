@@ -12,9 +12,9 @@ from lowprec.data import TextData, TrainBatches, eval_batches, load, train_batch
 from lowprec.nn import linen
 from lowprec.training import evaluation, health, sharding
 from lowprec.training.config import RunConfig
-from lowprec.training.optimizer import build_optimizer, learning_rate
-from lowprec.training.state import TrainState, initial_state, run_keys
-from lowprec.training.step import make_train_step
+from lowprec.training.optimizer import build_optimizer, build_quantizer_optimizer, learning_rate
+from lowprec.training.state import Quantizers, TrainState, initial_quantizers, initial_state, run_keys
+from lowprec.training.step import Update, make_train_step
 
 
 class Program:
@@ -30,7 +30,11 @@ class Program:
     def __init__(self, config: RunConfig, data: TextData | None = None):
         self.config = config
         self.recipe = recipes.parse(config.recipe)
-        self.optimizer = build_optimizer(config.optimizer, config.train.steps)
+        self.update = Update(
+            build_optimizer(config.optimizer, config.train.steps),
+            learning_rate(config.optimizer, config.train.steps),
+            build_quantizer_optimizer(config.optimizer, config.train.steps),
+        )
         self.mesh = sharding.make_mesh(config)
         self.data = load(config.data) if data is None else data
         self.model = models.build(config.model, self.data.vocab_size)
@@ -40,18 +44,34 @@ class Program:
         self._inputs = jax.ShapeDtypeStruct((microbatch, config.data.seq_len), jnp.int32)
         # Tracing the model under the recipe finds rules without a layer and blocks that do not fit.
         self.taps = self.quantized.tap_slots(self._inputs)
-        self._shapes = jax.eval_shape(self._initial_state)
+        self._slots = self.quantized.state_slots(self._inputs)
+        self._shapes = jax.eval_shape(self._initial_state, self._inputs)
         self._shardings = sharding.state_shardings(self.mesh, self._shapes)
 
     @property
     def tokens_per_step(self) -> int:
         return self.config.train.batch_size * self.config.data.seq_len
 
-    def _initial_state(self) -> TrainState:
-        return initial_state(self.model, self.optimizer, self.keys.params, self.config.data.seq_len)
+    def _initial_state(self, inputs) -> TrainState:
+        state = initial_state(self.model, self.update.optimizer, self.keys.params, self.config.data.seq_len)
+        return state._replace(quantizers=self._initial_quantizers(state.params, inputs))
+
+    def _initial_quantizers(self, params, inputs) -> Quantizers:
+        return initial_quantizers(self.quantized, self.update.quantizer_optimizer, params, inputs, self.keys.evaluation)
 
     def initial_state(self) -> TrainState:
-        return jax.jit(self._initial_state, out_shardings=self._shardings)()
+        """Before the first step. Learned quantizer parameters start from the first held-out batch."""
+        return jax.jit(self._initial_state, out_shardings=self._shardings)(self._example())
+
+    def initial_variables(self, params) -> dict[str, Any]:
+        """The collections of the quantized model for parameters that were trained under another recipe."""
+        quantizers = jax.jit(self._initial_quantizers)(params, self._example())
+        return TrainState(jnp.int32(0), params, (), quantizers).variables
+
+    def _example(self):
+        if self.recipe.learns:
+            return self.eval_batches[0]["tokens"][:, :-1]
+        return jnp.zeros(self._inputs.shape, self._inputs.dtype)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings, to restore into."""
@@ -61,12 +81,7 @@ class Program:
     @cached_property
     def train_step(self):
         """(state, which is given away, tokens) -> (state, metrics)."""
-        step = make_train_step(
-            self.quantized,
-            self.optimizer,
-            learning_rate(self.config.optimizer, self.config.train.steps),
-            self.keys.noise,
-        )
+        step = make_train_step(self.quantized, self.update, self.keys.noise, self._slots)
         return jax.jit(
             step,
             donate_argnums=0,
@@ -106,20 +121,24 @@ class Program:
     def _window_losses(self):
         return jax.jit(
             evaluation.make_window_losses(self.model, self.quantized),
-            in_shardings=(self._shardings.params, sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)),
+            in_shardings=(
+                self._shardings.variables,
+                sharding.batch_sharding(self.mesh),
+                sharding.replicated(self.mesh),
+            ),
             out_shardings=sharding.replicated(self.mesh),
         )
 
-    def evaluate(self, params) -> evaluation.Evaluation:
+    def evaluate(self, variables) -> evaluation.Evaluation:
         """The loss on the held-out windows."""
-        return evaluation.evaluate(self._window_losses, params, self.eval_batches, self.keys.evaluation)
+        return evaluation.evaluate(self._window_losses, variables, self.eval_batches, self.keys.evaluation)
 
     @cached_property
     def _tap_gradient(self):
         return jax.jit(
             health.make_tap_gradient(self.quantized),
             in_shardings=(
-                self._shardings.params,
+                self._shardings.variables,
                 sharding.replicated(self.mesh),
                 sharding.batch_sharding(self.mesh),
                 sharding.replicated(self.mesh),
@@ -127,9 +146,9 @@ class Program:
             out_shardings=sharding.replicated(self.mesh),
         )
 
-    def measure_health(self, params) -> health.Health:
+    def measure_health(self, variables) -> health.Health:
         """Of every quantized operand, on the first held-out batch."""
         if not jax.tree.leaves(self.taps):
             return health.Health({})
         tokens = self.eval_batches[0]["tokens"]
-        return health.Health.from_cotangents(self._tap_gradient(params, self.taps, tokens, self.keys.evaluation))
+        return health.Health.from_cotangents(self._tap_gradient(variables, self.taps, tokens, self.keys.evaluation))

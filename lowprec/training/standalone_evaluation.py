@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lowprec.errors import UsageError
+from lowprec.recipes import parse
 from lowprec.training.checkpoints import Checkpoints
 from lowprec.training.config import MeshConfig, RunConfig, resolve
 from lowprec.training.evaluation import Evaluation
@@ -26,14 +27,19 @@ def evaluate_run(
     Raises:
       UsageError: (a ValueError) no run or no checkpoint there, or it cannot be read.
     """
-    program = Program(_config(workdir, recipe, batches))
+    own = _config(workdir, batches)
+    program = Program(own)
     run = RunDirectory(workdir)
     restored = Checkpoints(run.checkpoints).restore(program.abstract_state(), step)
     if restored is None:
         raise UsageError(f"{workdir} has no checkpoint yet")
     checkpoint, damaged = restored
-    evaluation = program.evaluate(checkpoint.state.params)
-    health = program.measure_health(checkpoint.state.params)
+    variables = checkpoint.state.variables
+    if recipe is not None and str(parse(recipe)) != own.recipe:
+        program = Program(replace(own, recipe=recipe), program.data)
+        variables = program.initial_variables(checkpoint.state.params)
+    evaluation = program.evaluate(variables)
+    health = program.measure_health(variables)
     lines = [
         *(f"checkpoint {path} cannot be read: {reason}" for path, reason in damaged),
         f"{workdir}, step {checkpoint.step}, recipe {program.config.recipe}, "
@@ -45,7 +51,7 @@ def evaluate_run(
     return "\n".join(lines)
 
 
-def _config(workdir: Path, recipe: str | None, batches: int | None) -> RunConfig:
+def _config(workdir: Path, batches: int | None) -> RunConfig:
     """The run's, on one device of this machine."""
     run = RunDirectory(workdir)
     if not run.path.is_dir():
@@ -56,7 +62,6 @@ def _config(workdir: Path, recipe: str | None, batches: int | None) -> RunConfig
     return resolve(
         replace(
             stored,
-            recipe=stored.recipe if recipe is None else recipe,
             eval=replace(stored.eval, batches=stored.eval.batches if batches is None else batches),
             mesh=MeshConfig(data=1),
         )
@@ -88,4 +93,7 @@ def _operands(health: Health) -> list[str]:
     worst = health.worst()
     if worst:
         lines.append(f"least: {worst[2]:.1f} dB, {worst[1]} of {worst[0]}")
+    drowned = health.drowned()
+    if drowned:
+        lines.append(f"gradients below √3 times their rounding noise: {', '.join(drowned[:4])}, {len(drowned)} in all")
     return lines

@@ -33,7 +33,14 @@ def losses(recipe, data, fsdp, data_dir):
 
 @pytest.mark.parametrize(
     ("recipe", "meshes"),
-    [("bf16", [(8, 1), (4, 2)]), ("fp8_block", [(4, 2)]), ("nvfp4", [(8, 1), (4, 2), (1, 8)]), ("quest_4", [(4, 2)])],
+    [
+        ("bf16", [(8, 1), (4, 2)]),
+        ("fp8_block", [(4, 2)]),
+        ("nvfp4", [(8, 1), (4, 2), (1, 8)]),
+        ("quest_4", [(4, 2)]),
+        ("fp8_delayed", [(4, 2)]),
+        ("lsq_4", [(4, 2)]),
+    ],
 )
 def test_losses_and_state_do_not_depend_on_the_mesh(recipe, meshes, tmp_path):
     expected = losses(recipe, 1, 1, tmp_path)[0]

@@ -30,7 +30,7 @@ def test_windows_of_weight_zero_do_not_count():
 
 def test_the_gap_is_exactly_zero_without_quantization(program_of):
     program, state = program_of("f32")
-    result = program.evaluate(state.params)
+    result = program.evaluate(state.variables)
     assert result.gap == MeanLoss(0.0, 0.0)
     assert result.quantized == result.full_precision
     assert result.tokens == 2 * 4 * 16

@@ -17,7 +17,7 @@ LAYERS = [f"layers/0/{name}" for name in INNER]
 @pytest.fixture(scope="module")
 def measured(program_of):
     program, state = program_of("fwd=int4@row dgrad=int8@row,int4@row wgrad=int8@tensor")
-    return program.measure_health(state.params), state.params
+    return program.measure_health(state.variables), state.params
 
 
 def test_every_operand_of_every_quantized_layer_is_there(measured):
@@ -67,5 +67,12 @@ def test_metrics_are_json_without_infinities():
 
 def test_without_a_quantized_layer_there_is_nothing_to_measure(program_of):
     program, state = program_of("f32")
-    assert program.measure_health(state.params).metrics() == {} == Health({}).summary()
+    assert program.measure_health(state.variables).metrics() == {} == Health({}).summary()
     assert Health({}).worst() is None
+
+
+def test_gradients_that_drown_in_their_rounding_noise_are_named():
+    """‖g‖ / ‖noise‖ < √3 is less than 4.77 dB; of weights and activations nobody asks."""
+    health = Health({"a": {"fwd.x": statistics(1.0), "dgrad.dy": statistics(4.76), "wgrad.dy": statistics(4.78)},
+                     "b": {"dgrad.dy": statistics(3.0)}})  # fmt: skip
+    assert health.drowned() == ["b dgrad.dy", "a dgrad.dy"] == health.summary()["drowned"]

@@ -13,7 +13,7 @@ from lowprec.nn import linen
 from lowprec.training.config import OptimizerConfig
 from lowprec.training.optimizer import build_optimizer
 from lowprec.training.state import TrainState, initial_state, run_keys
-from lowprec.training.step import STEP_METRICS, make_train_step, mean_loss, token_losses
+from lowprec.training.step import STEP_METRICS, Update, make_train_step, mean_loss, token_losses
 
 
 class TwoLayers(nn.Module):
@@ -30,6 +30,7 @@ TOKENS = np.random.default_rng(0).integers(0, 32, (8, 9), dtype=np.int32)
 # Gradient descent with learning rate 1: the update is minus the gradient.
 SGD = OptimizerConfig("sgd", lr=1.0, b1=0.0, weight_decay=0.0, clip=0.0, warmup_fraction=0.0, final_fraction=1.0)
 OPTIMIZER = build_optimizer(SGD, 10)
+UPDATE = Update(OPTIMIZER, lambda count: 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def state() -> TrainState:
 @functools.cache
 def compiled(recipe):
     model = linen.quantize(MODEL, recipe)
-    return jax.jit(lambda state, tokens, key: make_train_step(model, OPTIMIZER, lambda count: 1.0, key)(state, tokens))
+    return jax.jit(lambda state, tokens, key: make_train_step(model, UPDATE, key)(state, tokens))
 
 
 def run(state, tokens, recipe="f32", noise_seed=0):
@@ -60,18 +61,20 @@ def test_the_loss_is_the_mean_cross_entropy_in_nats():
 
 def test_a_model_that_knows_nothing_loses_the_logarithm_of_the_vocabulary(state):
     blank = jax.tree.map(jnp.zeros_like, state.params)
-    assert float(mean_loss(MODEL, blank, TOKENS, jax.random.key(0))) == pytest.approx(np.log(32), rel=1e-6)
+    assert float(mean_loss(MODEL, {"params": blank}, TOKENS, jax.random.key(0))) == pytest.approx(np.log(32), rel=1e-6)
 
 
 def test_targets_are_the_inputs_one_later(state):
     logits = MODEL.apply({"params": state.params}, TOKENS[:, :-1])
     expected = jnp.mean(token_losses(logits, jnp.asarray(TOKENS[:, 1:])))
-    assert mean_loss(MODEL, state.params, TOKENS, jax.random.key(0)) == expected
+    assert mean_loss(MODEL, {"params": state.params}, TOKENS, jax.random.key(0)) == expected
 
 
 def test_the_step_is_gradient_descent(state):
     new, metrics = run(state, TOKENS[None])
-    loss, gradient = jax.value_and_grad(lambda p: mean_loss(MODEL, p, TOKENS, jax.random.key(0)))(state.params)
+    loss, gradient = jax.value_and_grad(lambda p: mean_loss(MODEL, {"params": p}, TOKENS, jax.random.key(0)))(
+        state.params
+    )
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-6)
     assert metrics["grad_norm"] == pytest.approx(float(optax.global_norm(gradient)), rel=1e-5)
     assert metrics["update_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-6)
@@ -111,7 +114,7 @@ def test_noise_differs_from_step_to_step_and_from_microbatch_to_microbatch(state
 
     def gradient(step, microbatch):
         key = jax.random.fold_in(jax.random.fold_in(keys.noise, step), microbatch)
-        return jax.grad(lambda p: mean_loss(model, p, TOKENS, key))(state.params)
+        return jax.grad(lambda p: mean_loss(model, {"params": p}, TOKENS, key))(state.params)
 
     gradient = jax.jit(gradient)
     assert differs(gradient(0, 0), gradient(1, 0))
