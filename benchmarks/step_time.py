@@ -34,6 +34,7 @@ SHORT_FORMS = {
         "fwd=int8_symmetric@row dgrad=int8_symmetric@row(stochastic),int8_symmetric@row "
         "wgrad=int8_symmetric@row(stochastic),int8_symmetric@row"
     ),
+    "mxfp4 three products": "fwd=mxfp4 dgrad=mxfp4 wgrad=mxfp4",
 }
 NAMED = ("bf16", "int8", "int8_full", "fp8", "fp8_block", "mxfp8", "nvfp4", "quartet2", "quest_4", "bitnet158")
 

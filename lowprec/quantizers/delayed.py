@@ -18,8 +18,9 @@ from lowprec.quantizers.variables import Remembering
 class Delayed(Remembering):
     """A scale a tensor, amax / largest element over a window of earlier steps; 1 before the first one.
 
-    What lies beyond the scaled range saturates. A step without a finite, nonzero amax in its window keeps the scale;
-    infinities and NaN are not remembered. (TransformerEngine's DelayedScaling.)
+    What lies beyond the scaled range saturates. The amax of a step is the mean over its calls and microbatches. A step
+    without a finite, nonzero amax in its window keeps the scale; infinities and NaN are not remembered.
+    (TransformerEngine's DelayedScaling.)
 
     Args:
       history: steps in the window.

@@ -143,9 +143,8 @@ def test_twenty_steps_from_plain_parameters_lower_the_loss(name):
 class LayerByLayer(Injection):
     """Every layer is a run of its own: the loop."""
 
-    def _segments(self, stack, args, kwargs):
-        super()._segments(stack, args, kwargs)
-        return tuple((i, i + 1) for i in range(stack.length))
+    def _runs(self, stack, args, kwargs):
+        return super()._runs(stack, args, kwargs) | {"segments": tuple((i, i + 1) for i in range(stack.length))}
 
 
 def layer_by_layer(variables):

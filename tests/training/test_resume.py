@@ -87,7 +87,9 @@ def test_killed_twice_at_random_steps(reference, training_command, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["bf16", "nvfp4", "quartet2"])
+@pytest.mark.parametrize(
+    "recipe", ["bf16", "nvfp4", "quartet2", "fp8_delayed", "lsq_4", "int8_qat", "mesa", "fp16_loss_scaled"]
+)
 def test_killed_twice_at_random_steps_by_recipe(recipe, training_command, tmp_path):
     changes = {**STEPS, "recipe": recipe, "eval.health": True}
     finish(training_command(tmp_path / "expected", changes))
