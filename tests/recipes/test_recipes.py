@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowprec import recipes
+from lowprec import formats, recipes
 from lowprec.ops import qdot
+from lowprec.quantizers import gaussian_error, optimal_clip
 from lowprec.recipes import EXACT, KEEP, REUSE, GemmRule, LayerRule, Quantizer, Recipe
+from lowprec.recipes.library.qat import QUEST_REPO_CLIPS, quest
 
 FOUNDATION = (
     *("f32", "bf16", "fp8", "fp8_block", "mxfp8", "int8", "int8_full"),
@@ -154,3 +156,14 @@ def test_scales_and_estimators_of_the_short_form():
         "x"
     )
     assert gemm == recipes.get("quest_3").rule_for("x")
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_clips_of_the_quest_repository_err_by_little(bits):
+    """Up to five bits they are the best; from six on the squared error is larger, by less than .2 %."""
+    fmt = f"int{bits}_midrise"
+    top = formats.parse(fmt).max
+    theirs, best = (gaussian_error(fmt, clip / top) for clip in (QUEST_REPO_CLIPS[bits - 1], optimal_clip(fmt)))
+    assert 1 - 1e-6 <= theirs / best <= (1.002 if bits > 5 else 1 + 1e-6)
+    operand = quest(bits, repo=True).rule_for("x").fwd[0]
+    assert operand.scale.clip == QUEST_REPO_CLIPS[bits - 1]

@@ -15,13 +15,20 @@ from lowprec.quantizers import (
 )
 from lowprec.recipes.recipe import everywhere
 
+# Those of the authors' repository, in root mean squares; from six bits on their search had stopped too early.
+QUEST_REPO_CLIPS = (0.79788456, 1.49353462, 2.05106835, 2.51393058, 2.91609388, 3.27659728, 3.60104972, 3.88493868)
 
-def quest(bits: int):
-    """QuEST: rotated, scaled by the root mean square of a row, b-bit mid-rise, trust estimator."""
+
+def quest(bits: int, repo: bool = False):
+    """QuEST: rotated, scaled by the root mean square of a row, b-bit mid-rise, trust estimator.
+
+    Args:
+      repo: take the clips of the authors' repository rather than the best ones.
+    """
     operand = Quantizer(
         f"int{bits}_midrise@row",
         Hadamard(128),
-        scale=RootMeanSquare(),
+        scale=RootMeanSquare(QUEST_REPO_CLIPS[bits - 1] if repo else None),
         # |q - h| <= half a step. At one bit half a step reaches as far as the clip itself.
         estimator=Clip(margin=0.5),
         pad=True,
