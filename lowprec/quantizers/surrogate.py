@@ -1,8 +1,9 @@
 """Values with gradients of one's own choice: what every straight-through estimator comes down to."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from lowprec.typing import Array, Float
@@ -25,7 +26,7 @@ def at_least(x: Float[Array, "..."], floor: float) -> Float[Array, "..."]:
 
 
 @jax.custom_vjp
-def scale_gradient(x: Float[Array, "..."], factor: float | np.float32) -> Float[Array, "..."]:
+def scale_gradient(x: Float[Array, "..."], factor: Any) -> Float[Array, "..."]:
     """x, whose gradient is multiplied by a factor."""
     return x
 

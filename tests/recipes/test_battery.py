@@ -19,12 +19,14 @@ from lowprec.training.optimizer import build_optimizer, build_quantizer_optimize
 from lowprec.training.state import initial_quantizers, initial_state
 from lowprec.training.step import STEP_METRICS, Update, make_train_step
 
-# Siblings of others, which differ in a number: with the slow tests.
+# Siblings of others, which differ in a number or in one operand: with the slow tests.
 SIBLINGS = {
-    *(f"quest_{bits}" for bits in (1, 3, 5, 6, 7)),
-    *(f"mantissa_{bits}" for bits in (2, 3, 4, 5, 6)),
-    *(f"int{bits}_qat" for bits in (2, 3, 5, 6, 7)),
-    *("lsq_3", "lsq_8", "lsq_plus_2", "paretoq_4", "crossquant_int8", "lognet_4", "halo0", "zeroquant_fp_m1"),
+    *(f"quest_{bits}" for bits in (2, 3, 5, 6, 7, 8)),
+    *(f"mantissa_{bits}" for bits in (1, 2, 3, 4, 5, 6)),
+    *(f"int{bits}_qat" for bits in (2, 3, 4, 5, 6, 7)),
+    *("lsq_2", "lsq_3", "lsq_8", "lsq_plus_2", "pact_2", "paretoq_1", "paretoq_3", "paretoq_4", "llm_fp4"),
+    *("crossquant_int8", "lognet_4", "halo0", "halo1", "halo2_fp6", "zeroquant_fp_m1", "quartet_rtn"),
+    *("fp8_block_promoted", "trilm", "bitnet1"),
 }
 EVERY = [pytest.param(name, marks=pytest.mark.slow if name in SIBLINGS else ()) for name in recipes.names()]
 # One of each kind: noise, rotations, reuse, state, parameters, saved inputs, nothing at all.

@@ -48,7 +48,7 @@ def test_every_semantic_key_changes_the_hash(key):
     changed = {
         str: lambda value: {"recipe": "fp8", "model.dtype": "bfloat16"}.get(key, value + "x"),
         int: lambda value: value * 2 if value else 2,
-        float: lambda value: value * 0.5,
+        float: lambda value: value * 0.5 or 0.5,
         bool: lambda value: not value,
     }
     value = RunConfig().semantic()[key]
@@ -97,7 +97,7 @@ def test_integers_serve_as_floats_but_not_the_reverse():
         ({"train.steps": "10"}, "'train.steps' takes int, not '10'"),
         ({"train.steps": True}, "'train.steps' takes int, not True"),
         ({"seed": None}, "'seed' takes int, not None"),
-        ({"recipe": "quartet3"}, "unknown recipe 'quartet3'; did you mean quartet2"),
+        ({"recipe": "quartet3"}, "unknown recipe 'quartet3'; did you mean quartet, quartet2"),
         ({"recipe": "fwd=int4@row fwdd=int8@row"}, "unknown product in a recipe 'fwdd'; did you mean fwd"),
         ({"train.steps": 0}, "train.steps is at least 1, not 0"),
         ({"train.accumulate": 3}, "train.accumulate is a divisor of train.batch_size 16, not 3"),

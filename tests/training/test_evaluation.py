@@ -41,7 +41,7 @@ def test_the_gap_is_exactly_zero_without_quantization(program_of):
 def test_both_passes_see_the_same_parameters_and_windows(program_of):
     exact, state = program_of("f32")
     coarse, _ = program_of("fwd=int2@tensor")
-    first, second = exact.evaluate(state.params), coarse.evaluate(state.params)
+    first, second = exact.evaluate(state.variables), coarse.evaluate(state.variables)
     assert second.full_precision == first.full_precision
     assert second.quantized != first.quantized
     assert second.gap.loss == pytest.approx(second.quantized.loss - second.full_precision.loss)
@@ -51,6 +51,6 @@ def test_evaluation_does_not_depend_on_accumulation(program_of, tiny):
     """The same windows in smaller pieces, up to the order of float32 sums inside a window."""
     whole, state = program_of("f32")
     parts = Program(tiny({"recipe": "f32", "train.accumulate": 4}))
-    first, second = whole.evaluate(state.params), parts.evaluate(state.params)
+    first, second = whole.evaluate(state.variables), parts.evaluate(state.variables)
     assert first.tokens == second.tokens
     assert first.quantized.loss == pytest.approx(second.quantized.loss, rel=1e-6)

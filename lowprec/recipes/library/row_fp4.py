@@ -25,7 +25,7 @@ ms_fp4 = everywhere(
     GemmRule(
         fwd=(
             Quantizer("e2m1fn@row", clamp=ClampQuantiles(0.99, residual="keep")),
-            Quantizer("e2m1fn@row", estimator=DifferentiableGradient(k=5, cap=3)),
+            Quantizer("e2m1fn@row", estimator=DifferentiableGradient(k=5.0, cap=3.0)),
         ),
         dgrad=(E5M2, E4M3_OF_FP4),
         wgrad=(E5M2, E4M3_OF_FP4),
