@@ -3,7 +3,7 @@
     lowprec train --config=configs/lm_tiny.py --config.recipe=nvfp4
 
 2 CPU cores, two runs at a time: 0:46 (bf16) to 2:20 (quartet2). Held-out bits/byte, seed 0: bf16 2.268, fp8 2.305,
-quartet2 2.319, nvfp4 2.376 (`make demo` trains all four).
+quartet2 2.302, nvfp4 2.376 (`make demo` trains all four).
 """
 
 from lowprec.training.config import default

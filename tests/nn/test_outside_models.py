@@ -210,7 +210,7 @@ def check(losses, plain):
 FIRST = {"linen": "Conv_0", "nnx": "conv1"}
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "fp8_delayed"])
+@pytest.mark.parametrize("recipe", ["nvfp4", pytest.param("fp8_delayed", marks=pytest.mark.slow)])
 def test_a_convolutional_net_in_linen(recipe):
     model = LinenCNN()
     plain = model.apply(model.init(jax.random.key(0), IMAGES), IMAGES)
@@ -218,14 +218,14 @@ def test_a_convolutional_net_in_linen(recipe):
     check(losses_of_linen(model, keeping(recipe, FIRST["linen"], "Dense_1"), IMAGES, LABELS), expected)
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "int8"])
+@pytest.mark.parametrize("recipe", [pytest.param("nvfp4", marks=pytest.mark.slow), "int8"])
 def test_a_convolutional_net_in_nnx(recipe):
     model = NnxCNN(nnx.Rngs(0))
     expected = float(optax.softmax_cross_entropy_with_integer_labels(model(IMAGES), LABELS).mean())
     check(losses_of_nnx(model, keeping(recipe, FIRST["nnx"], "linear2"), IMAGES, LABELS), expected)
 
 
-@pytest.mark.parametrize("recipe", ["quest_4", "fp8_delayed"])
+@pytest.mark.parametrize("recipe", [pytest.param("quest_4", marks=pytest.mark.slow), "fp8_delayed"])
 def test_a_transformer_in_nnx(recipe):
     model = NnxTransformer(nnx.Rngs(0))
     expected = float(optax.softmax_cross_entropy_with_integer_labels(model(TOKENS), TOKENS).mean())
@@ -234,7 +234,9 @@ def test_a_transformer_in_nnx(recipe):
     assert set(quant_nnx.layers(model)) == served
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "int8", "quest_4"])
+@pytest.mark.parametrize(
+    "recipe", ["nvfp4", pytest.param("int8", marks=pytest.mark.slow), pytest.param("quest_4", marks=pytest.mark.slow)]
+)
 def test_a_language_model_in_the_style_of_a_hub(recipe):
     model = FlaxLMHeadModel()
     plain = model.apply(model.init(jax.random.key(0), TOKENS), TOKENS)

@@ -100,6 +100,7 @@ def test_what_is_kept_exactly_or_computed_again_gives_the_plain_gradient(recipe,
     [*(saving(FP8, place) for place in PLACES), products(FP8), saving(MESA, *PLACES)],
     ids=[*PLACES, "products", "mesa everywhere"],
 )
+@pytest.mark.slow
 def test_what_is_kept_in_8_bits_gives_nearly_the_plain_gradient(recipe, plain):
     value, found, _ = gradient(linen.quantize(MODEL, recipe))
     np.testing.assert_allclose(value, plain[0], rtol=1e-6)
@@ -142,6 +143,7 @@ def test_running_ranges_follow_the_inputs_of_each_layer():
         np.testing.assert_allclose(state["second"]["saved.0"]["range"], [spread], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_ranges_of_attention_are_those_of_its_heads():
     core = initial(linen.quantize(MODEL, "mesa"))["quant"]["layers"]["0:2"]
     shapes = [core["attention"]["core"][f"saved.{i}"]["range"].shape for i in range(3)]
@@ -163,6 +165,7 @@ class Flax(nn.Module):
 
 
 @pytest.mark.parametrize(("policy", "dropout"), [(Recompute(), 0.5), (RunningUint8(groups="heads"), 0.0)], ids=str)
+@pytest.mark.slow
 def test_flaxs_own_attention_and_norms(policy, dropout):
     x = jax.random.normal(jax.random.key(0), (2, 6, 16))
     norm_policy = MESA if isinstance(policy, RunningUint8) else policy
@@ -180,6 +183,7 @@ def test_flaxs_own_attention_and_norms(policy, dropout):
     assert distance(found, expected) < (1e-5 if isinstance(policy, Recompute) else 0.05)
 
 
+@pytest.mark.slow
 def test_layers_under_other_policies_are_scanned_in_segments():
     recipe = Recipe("last", {".*": KEEP}, saved={"layers/1/.*_norm": MESA})
     state = initial(linen.quantize(MODEL, recipe))["quant"]

@@ -210,6 +210,7 @@ def test_the_model_has_the_parameters_of_a_llama():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes[0])) == models.count_parameters(config, V).total
 
 
+@pytest.mark.slow
 def test_gradients_of_the_model_are_true_ones_times_a_constant_a_parameter():
     """Along its own gradient and along half of it, against finite differences of the loss.
 
@@ -285,6 +286,7 @@ def test_a_plain_model_loses_its_gradients_without_scales():
         assert all(statistics[f"layers/{i}/attention/{layer}"]["dgrad.dy"].underflowed > 0.95 for i in range(2))
 
 
+@pytest.mark.slow
 def test_bfloat16_and_grouped_queries_and_remat():
     unit = model("unit_llama", "unit_scaling_fp8", dtype="bfloat16", kv_heads=1, remat=True)
     params = unit.init(jax.random.key(0), TOKENS[:, :-1])["params"]

@@ -152,7 +152,14 @@ def grouped_reference(x, w, dy, arguments, quantize):
     return [np.concatenate(arrays, axis=-1) for arrays in zip(*each, strict=True)]
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "image"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("strides", "valid, dilated", "explicit") else ())
+        for name in CASES
+        if name != "image"
+    ],
+)
 def test_rows_are_scaled_along_the_contraction_of_each_product(name):
     x, w, arguments = CASES[name]
     x, w = arrays(x, w)

@@ -75,7 +75,13 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("name", RULES)
+# The others with the slow tests.
+USUAL = ("row", "nvfp4", "requantized", "bitnet")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in RULES]
+)
 def test_each_group_is_a_product_of_its_own(name):
     x, w, dy = arrays()
     rule = RULES[name]
