@@ -34,8 +34,12 @@ for rule in (quantizers.Percentile(), quantizers.LeastSquares(3), quantizers.Roo
     quantizers.round_blocks(x, formats.parse("int4@1x32"), -1, rule=rule)
 for name in recipes.names():
     layer = linen.quantize(nn.Dense(16, use_bias=False), recipes.get(name))
-    variables = layer.init({"params": key, "quant": key}, x) | {"taps": layer.tap_slots(x)}
-    jax.grad(lambda v: layer.apply(v, x, rngs={"quant": key}).sum())(variables)
+
+    def gradient(key, x):
+        variables = layer.init({"params": key, "quant": key}, x) | {"taps": layer.tap_slots(x)}
+        return jax.grad(lambda v: layer.apply(v, x, rngs={"quant": key}).sum())(variables)
+
+    jax.eval_shape(gradient, key, x)  # traced: annotations are checked then
 ladder.get("S0")
 print("checked")
 """
