@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lowprec.errors import UsageError
 from lowprec.ops import KEEP, GemmRule
 from lowprec.ops.saved import Codes, Exact, Policy
+from lowprec.quantizers import EXACT, REUSE, Quantizer
 from lowprec.recipes.hooks import LossScaling
 
 
@@ -161,3 +162,10 @@ ATTENTION_PRODUCTS = LayerRule(r"(.*/)?(scores|context)", KEEP, optional=True)
 def everywhere(name: str, gemm: GemmRule, source: str = "") -> Recipe:
     """The usual scope: all linear layers except embeddings and the head, and not the products inside attention."""
     return Recipe(name, (EMBEDDINGS_AND_HEAD, ATTENTION_PRODUCTS, LayerRule(".*", gemm)), source)
+
+
+def forward_only(name: str, x: Quantizer, w: Quantizer, source: str, *, normalize_input: bool = False) -> Recipe:
+    """A quantized forward pass; gradients of the quantized operands in high precision."""
+    backward = (EXACT, REUSE)
+    gemm = GemmRule(fwd=(x, w), dgrad=backward, wgrad=backward, normalize_input=normalize_input)
+    return everywhere(name, gemm, source)

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from lowprec.ops import GemmRule
 from lowprec.ops.accumulation import IntegerAccumulation
-from lowprec.quantizers import EXACT, REUSE, Clip, Quantizer
-from lowprec.recipes.recipe import everywhere
+from lowprec.quantizers import REUSE, Clip, Quantizer
+from lowprec.recipes.recipe import everywhere, forward_only
 
 ROW = Quantizer("int8_symmetric@row")
 TENSOR = Quantizer("int8_symmetric@tensor")
@@ -44,13 +44,10 @@ dfp16 = everywhere(
 
 # Weights are kept in their own units, where the scaling of gradients by 1 / s² is one; for those who keep codes:
 # optim.quantization_aware_scaling.
-qas_int8 = everywhere(
+qas_int8 = forward_only(
     "qas_int8",
-    GemmRule(
-        fwd=(replace(TENSOR, estimator=Clip()), replace(ROW, estimator=Clip())),
-        dgrad=(EXACT, REUSE),
-        wgrad=(EXACT, REUSE),
-    ),
+    replace(TENSOR, estimator=Clip()),
+    replace(ROW, estimator=Clip()),
     "on-device training, arXiv 2206.15472: an int8 graph, weights by output channel, gradients of it in float32",
 )
 

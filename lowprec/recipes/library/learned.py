@@ -5,12 +5,7 @@ from lowprec.quantizers import EXACT, REUSE, Quantizer, RootMeanSquare
 from lowprec.quantizers.affine import RunningRange
 from lowprec.quantizers.learned_rules import Elastic, LearnedClip, LearnedExponentBias, LearnedStep
 from lowprec.quantizers.noisy_bits import LearnedBits
-from lowprec.recipes.recipe import Recipe, everywhere
-
-
-def forward_only(name: str, x: Quantizer, w: Quantizer, source: str) -> Recipe:
-    """A quantized forward pass; gradients of the quantized operands in high precision."""
-    return everywhere(name, GemmRule(fwd=(x, w), dgrad=(EXACT, REUSE), wgrad=(EXACT, REUSE)), source)
+from lowprec.recipes.recipe import Recipe, everywhere, forward_only
 
 
 def lsq(bits: int) -> Recipe:

@@ -4,8 +4,8 @@ import numpy as np
 
 from lowprec.formats import BlockFormat, TableFormat
 from lowprec.ops import GemmRule
-from lowprec.quantizers import EXACT, REUSE, Quantizer
-from lowprec.recipes.recipe import everywhere
+from lowprec.quantizers import REUSE, Quantizer
+from lowprec.recipes.recipe import everywhere, forward_only
 
 
 def power_law(bits: int, exponent: float) -> TableFormat:
@@ -21,9 +21,10 @@ def power_law(bits: int, exponent: float) -> TableFormat:
 LOG4 = Quantizer("lns4.0@tensor/e8m0.nearest")
 LOG5 = Quantizer("lns5.0@tensor/e8m0.nearest")
 
-lognet_4 = everywhere(
+lognet_4 = forward_only(
     "lognet_4",
-    GemmRule(fwd=(LOG4, LOG4), dgrad=(EXACT, REUSE), wgrad=(EXACT, REUSE)),
+    LOG4,
+    LOG4,
     "Miyashita et al., arXiv 1603.01025: a sign and a three-bit base-2 logarithm for weights and activations",
 )
 
@@ -36,13 +37,10 @@ lognet_5 = everywhere(
 
 def powerquant(bits: int, exponent: float = 0.5):
     grid = power_law(bits, exponent)
-    return everywhere(
+    return forward_only(
         f"powerquant_{bits}",
-        GemmRule(
-            fwd=(Quantizer(BlockFormat(grid, "tensor")), Quantizer(BlockFormat(grid, "row"))),
-            dgrad=(EXACT, REUSE),
-            wgrad=(EXACT, REUSE),
-        ),
+        Quantizer(BlockFormat(grid, "tensor")),
+        Quantizer(BlockFormat(grid, "row")),
         f"PowerQuant, arXiv 2301.09858: {bits} bits, equally spaced in sign(x) |x|^{exponent:g} (the exponent is not "
         "searched for)",
     )

@@ -13,7 +13,7 @@ from lowprec.quantizers import (
     RootMeanSquare,
     SignAboutMean,
 )
-from lowprec.recipes.recipe import everywhere
+from lowprec.recipes.recipe import everywhere, forward_only
 
 # Those of the authors' repository, in root mean squares; from six bits on their search had stopped too early.
 QUEST_REPO_CLIPS = (0.79788456, 1.49353462, 2.05106835, 2.51393058, 2.91609388, 3.27659728, 3.60104972, 3.88493868)
@@ -33,35 +33,27 @@ def quest(bits: int, repo: bool = False):
         estimator=Clip(margin=0.5),
         pad=True,
     )
-    return everywhere(
-        f"quest_{bits}",
-        GemmRule(fwd=(operand, operand), dgrad=(EXACT, REUSE), wgrad=(EXACT, REUSE)),
-        f"QuEST, arXiv 2502.05003, {bits}-bit weights and activations",
+    return forward_only(
+        f"quest_{bits}", operand, operand, f"QuEST, arXiv 2502.05003, {bits}-bit weights and activations"
     )
 
 
 TOKENS = Quantizer("int8@row", scale=AbsMax(floor=1e-5))
 
-bitnet158 = everywhere(
+bitnet158 = forward_only(
     "bitnet158",
-    GemmRule(
-        fwd=(TOKENS, Quantizer("ternary@tensor", scale=AbsMean(floor=1e-5))),
-        dgrad=(EXACT, REUSE),
-        wgrad=(EXACT, REUSE),
-        normalize_input=True,
-    ),
+    TOKENS,
+    Quantizer("ternary@tensor", scale=AbsMean(floor=1e-5)),
     "BitNet b1.58, arXiv 2402.17764 and its training tips: ternary weights, 8-bit activations, normalized inputs",
+    normalize_input=True,
 )
 
-bitnet1 = everywhere(
+bitnet1 = forward_only(
     "bitnet1",
-    GemmRule(
-        fwd=(TOKENS, Quantizer("binary@tensor", scale=AbsMean(floor=1e-5), correction=SignAboutMean())),
-        dgrad=(EXACT, REUSE),
-        wgrad=(EXACT, REUSE),
-        normalize_input=True,
-    ),
+    TOKENS,
+    Quantizer("binary@tensor", scale=AbsMean(floor=1e-5), correction=SignAboutMean()),
     "BitNet, arXiv 2310.11453: one-bit weights, sign(w - mean w) · mean |w|, 8-bit activations, normalized inputs",
+    normalize_input=True,
 )
 
 trilm = everywhere(
@@ -72,13 +64,10 @@ trilm = everywhere(
 
 
 def crossquant(bits: int):
-    return everywhere(
+    return forward_only(
         f"crossquant_int{bits}",
-        GemmRule(
-            fwd=(Quantizer(f"int{bits}@row", scale=CrossQuant(0.15)), Quantizer(f"int{bits}@row")),
-            dgrad=(EXACT, REUSE),
-            wgrad=(EXACT, REUSE),
-        ),
+        Quantizer(f"int{bits}@row", scale=CrossQuant(0.15)),
+        Quantizer(f"int{bits}@row"),
         f"CrossQuant, arXiv 2410.07505: {bits}-bit activations scaled by row and column, weights by output channel",
     )
 

@@ -2,8 +2,6 @@
 
 from lowprec.ops import GemmRule
 from lowprec.quantizers import (
-    EXACT,
-    REUSE,
     ClampQuantiles,
     DifferentiableGradient,
     Hadamard,
@@ -13,7 +11,7 @@ from lowprec.quantizers import (
     RootMeanSquare,
     Trust,
 )
-from lowprec.recipes.recipe import everywhere
+from lowprec.recipes.recipe import everywhere, forward_only
 
 E4M3 = Quantizer("e4m3fn@tensor")
 E5M2 = Quantizer("e5m2@tensor")
@@ -43,9 +41,10 @@ QUEST = Quantizer(
     pad=True,
 )
 
-quest_fp4 = everywhere(
+quest_fp4 = forward_only(
     "quest_fp4",
-    GemmRule(fwd=(QUEST, QUEST), dgrad=(EXACT, REUSE), wgrad=(EXACT, REUSE)),
+    QUEST,
+    QUEST,
     "QuEST, arXiv 2502.05003, four-bit floats (E2M1) for weights and activations",
 )
 
@@ -53,9 +52,10 @@ TOKENS_FP8 = Quantizer("e4m3fn@row")
 
 
 def zeroquant_fp(name: str, weights: Quantizer, how: str):
-    return everywhere(
+    return forward_only(
         name,
-        GemmRule(fwd=(TOKENS_FP8, weights), dgrad=(EXACT, REUSE), wgrad=(EXACT, REUSE)),
+        TOKENS_FP8,
+        weights,
         f"ZeroQuant-FP, arXiv 2307.09782: FP8 activations, FP4 weights in groups of 256 whose scales are {how}",
     )
 
@@ -63,13 +63,10 @@ def zeroquant_fp(name: str, weights: Quantizer, how: str):
 # A hundred real exponent biases, of each output channel of w and of all of x.
 SEARCH = LeastSquares(candidates=100, least=0.01, most=1.2)
 
-llm_fp4 = everywhere(
+llm_fp4 = forward_only(
     "llm_fp4",
-    GemmRule(
-        fwd=(Quantizer("e2m1fn@tensor", scale=SEARCH), Quantizer("e2m1fn@row", scale=SEARCH)),
-        dgrad=(EXACT, REUSE),
-        wgrad=(EXACT, REUSE),
-    ),
+    Quantizer("e2m1fn@tensor", scale=SEARCH),
+    Quantizer("e2m1fn@row", scale=SEARCH),
     "LLM-FP4, arXiv 2310.16836: real exponent biases by search (on the error of the operand, at each step, without the "
     "pre-shifted biases of channels)",
 )
