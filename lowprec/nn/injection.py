@@ -4,6 +4,7 @@ Each layer keeps its code and its parameters; for the time of a call it is hande
 through a hook that Flax provides. A layer has one product, named by its path, or several, named below it.
 """
 
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from lowprec.nn.products import SUMS, ProductForms
 from lowprec.nn.rules import RuleLookup, product_path
 from lowprec.nn.saved_layers import NORMS, SavedPlace, saved_name
 from lowprec.nn.stack import LayerStack, is_stacked, module_path
-from lowprec.ops import GemmRule, ProductVariables, canonical_variables
+from lowprec.ops import GemmRule, ProductVariables, canonical_variables, initial_memory
 from lowprec.ops.einsum import bias_shape
 from lowprec.ops.saved import SAVED_X, Exact, Recompute
 from lowprec.quantizers import tap_slot
@@ -184,14 +185,19 @@ class Product(Place, ProductForms):
         names = (*self.rule.operands(), SAVED_X)
         learned = {name: values for name in names if (values := self.get(LEARNED, name)) is not None}
         state = {name: values for name in names if (values := self.get(STATE, name)) is not None}
-        wanted = canonical_variables(x, w, self.rule)
-        for collection, have, want in ((LEARNED, learned, wanted.params), (STATE, state, wanted.state)):
-            for name in want:
-                if name not in have and self.module.is_mutable_collection(collection):
-                    self.put(collection, name, want[name])
-                    have[name] = want[name]
-        slots = {name: self.slot(name, lambda name=name: wanted.slots[name], "observations") for name in wanted.slots}
+        first_state, zeros = initial_memory(self.rule)
+        self._make_missing(STATE, state, lambda: first_state)
+        self._make_missing(LEARNED, learned, lambda: canonical_variables(x, w, self.rule).params)
+        slots = {name: self.slot(name, lambda name=name: zeros[name], "observations") for name in zeros}
         return ProductVariables(learned, state, {name: slot for name, slot in slots.items() if slot is not None})
+
+    def _make_missing(self, collection: str, have: dict[str, Any], make: Callable[[], Mapping[str, Any]]) -> None:
+        if not self.module.is_mutable_collection(collection):
+            return
+        for name, values in make().items():
+            if name not in have:
+                self.put(collection, name, values)
+                have[name] = values
 
 
 def product_names(module: nn.Module, method: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from lowprec.formats.elements import value_table
 from lowprec.formats.random import Key
 from lowprec.formats.types import BlockFormat, Format
 from lowprec.quantizers.blockwise import Rounded
+from lowprec.quantizers.scales import block_mean
 from lowprec.typing import Array, Float
 
 
@@ -30,10 +31,7 @@ class SignAboutMean:
     def __call__(self, x: Float[Array, "..."], rounded: Rounded, axis: int, key: Key | None) -> Rounded:
         layout = rounded.layout
         blocks = layout.split(x.astype(jnp.float32))
-        total, count = (
-            jnp.sum(v, axis=layout.members, keepdims=True) for v in (blocks, layout.split(jnp.ones(layout.shape)))
-        )
-        elements = jnp.where(blocks > total / count, np.float32(1), np.float32(-1))
+        elements = jnp.where(blocks > block_mean(blocks, layout), np.float32(1), np.float32(-1))
         return replace(rounded, elements=elements, scaled=rounded.scale.multiply(elements))
 
     def __str__(self):

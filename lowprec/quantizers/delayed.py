@@ -11,11 +11,11 @@ from lowprec.formats.bits import divide
 from lowprec.formats.blocks import block_layout
 from lowprec.formats.scaling import Scale, block_amax
 from lowprec.formats.types import ScaleSpec
-from lowprec.quantizers.variables import Remembering
+from lowprec.quantizers.variables import RememberedScale
 
 
 @dataclass(frozen=True)
-class Delayed(Remembering):
+class Delayed(RememberedScale):
     """A scale a tensor, amax / largest element over a window of earlier steps; 1 before the first one.
 
     What lies beyond the scaled range saturates. The amax of a step is the mean over its calls and microbatches. A step

@@ -17,6 +17,7 @@ from lowprec.formats.blocks import BlockLayout
 from lowprec.formats.types import BlockFormat, FloatFormat, IntFormat
 from lowprec.quantizers.gaussian import optimal_clip
 from lowprec.quantizers.learned import initial_scale, scaled_blocks, step_quant
+from lowprec.quantizers.scales import block_mean
 from lowprec.quantizers.surrogate import at_least, scale_gradient, with_slopes
 from lowprec.quantizers.variables import Differentiable
 from lowprec.typing import Array
@@ -215,7 +216,7 @@ def _levels(fmt: BlockFormat) -> tuple[float, float] | None:
 
 
 def _rms(blocks, layout):
-    return jnp.sqrt(jnp.mean(blocks * blocks, axis=layout.members, keepdims=True))
+    return jnp.sqrt(block_mean(blocks * blocks, layout))
 
 
 def _float_blocks(x, fmt, axis):

@@ -18,7 +18,7 @@ from lowprec.quantizers.eden import Eden
 from lowprec.quantizers.estimators import Estimator, StraightThrough
 from lowprec.quantizers.hadamard import Hadamard
 from lowprec.quantizers.scales import AbsMax, ScaleRule
-from lowprec.quantizers.variables import Arrays, Differentiable, Remembering
+from lowprec.quantizers.variables import Arrays, Differentiable, RememberedScale, Remembering
 from lowprec.typing import Array, Float
 
 Source = Literal["original", "requantize", "reuse"]
@@ -106,7 +106,7 @@ class Quantizer:
           scale: as the rule gave it for the same x before; it is not asked again.
         """
         kept = x if self.clamp is None else self.clamp(x, axis)
-        rule = self.scale.bind(state) if isinstance(self.scale, Remembering) else self.scale
+        rule = self.scale.bind(state) if isinstance(self.scale, RememberedScale) else self.scale
         if scale is not None:
             rule = lambda blocks, layout, fmt: scale
         rounded = round_blocks(

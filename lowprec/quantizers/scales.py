@@ -123,9 +123,9 @@ class RootMeanSquare:
     centered: bool = False
 
     def __call__(self, blocks, layout, fmt):
-        square = _mean(blocks * blocks, layout)
+        square = block_mean(blocks * blocks, layout)
         if self.centered:
-            square = at_least(square - _mean(blocks, layout) ** 2, 0)
+            square = at_least(square - block_mean(blocks, layout) ** 2, 0)
         clip = optimal_clip(fmt) if self.clip is None else self.clip
         top = np.float32(clip) * jnp.sqrt(square) + np.float32(self.offset)
         return store_scale(divide(top, jnp.float32(fmt.element.max)), fmt.scale)
@@ -142,7 +142,7 @@ class AbsMean:
     floor: float = 1e-5
 
     def __call__(self, blocks, layout, fmt):
-        return store_scale(at_least(_mean(jnp.abs(blocks), layout), np.float32(self.floor)), fmt.scale)
+        return store_scale(at_least(block_mean(jnp.abs(blocks), layout), np.float32(self.floor)), fmt.scale)
 
     def __str__(self):
         return "absmean"
@@ -245,7 +245,7 @@ def squared_error(
     return jnp.sum((rounded - blocks) ** 2, axis=layout.members, keepdims=True)
 
 
-def _mean(blocks, layout):
+def block_mean(blocks, layout):
     """The mean of each block, without the zeros that fill it up."""
     if layout.padded == layout.shape:
         return jnp.mean(blocks, axis=layout.members, keepdims=True)

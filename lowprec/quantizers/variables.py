@@ -35,9 +35,13 @@ class Remembering(ABC):
     ) -> dict[str, Float[Array, "..."]]:
         """The state after a step; unchanged where nothing was observed."""
 
+
+class RememberedScale(Remembering):
+    """A rule whose state alone gives the scales of a step."""
+
+    @abstractmethod
     def bind(self, state: Arrays) -> ScaleRule:
-        """The scale rule of one step. (Rules that are `Differentiable` too have no use for it.)"""
-        raise NotImplementedError
+        """The scale rule of one step."""
 
 
 class Differentiable(ABC):

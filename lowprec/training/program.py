@@ -44,7 +44,7 @@ class Program:
         self._inputs = jax.ShapeDtypeStruct((microbatch, config.data.seq_len), jnp.int32)
         # Tracing the model under the recipe finds rules without a layer and blocks that do not fit.
         self.taps = self.quantized.tap_slots(self._inputs)
-        self._slots = self.quantized.state_slots(self._inputs)
+        self._slots = self.quantized.state_slots(self._inputs) if self.recipe.remembers else {}
         self._shapes = jax.eval_shape(self._initial_state, self._inputs)
         self._shardings = sharding.state_shardings(self.mesh, self._shapes)
 
