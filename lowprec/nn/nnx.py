@@ -16,13 +16,14 @@ import jax
 from flax import nnx
 
 from lowprec.errors import UsageError
-from lowprec.nn.nnx_layers import HOOKS, install, rules_of, stacked_axes
-from lowprec.nn.nnx_products import Product, QuantParam, QuantState, QuantTap, Start
+from lowprec.nn.nnx_layers import HOOKS, install, install_saved, policy_of, rules_of, stacked_axes
+from lowprec.nn.nnx_nodes import Node, QuantParam, QuantState, QuantTap
+from lowprec.nn.nnx_products import Product, Start
+from lowprec.nn.nnx_saved import SiluGate
 from lowprec.nn.products import STREAM, SUMS
 from lowprec.nn.rules import RuleLookup
 from lowprec.nn.stack import layer_paths
 from lowprec.ops import GemmRule
-from lowprec.ops import next_state as next_product_state
 from lowprec.ops.saved import Exact
 from lowprec.quantizers import OperandStatistics, read_taps
 from lowprec.recipes import Recipe, parse
@@ -31,6 +32,7 @@ __all__ = [
     "QuantParam",
     "QuantState",
     "QuantTap",
+    "SiluGate",
     "add_taps",
     "initialize",
     "layers",
@@ -52,7 +54,8 @@ def quantize[M: nnx.Module](
     """The module with its products quantized by a recipe; it is changed in place.
 
     Served are nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.Embed.attend and the two products of
-    nnx.MultiHeadAttention, "<its path>/scores" and "<its path>/context". Paths are attribute names: "layers/0/up". The
+    nnx.MultiHeadAttention, "<its path>/scores" and "<its path>/context"; inputs are saved of nnx.RMSNorm, LayerNorm,
+    GroupNorm, `SiluGate`, and the "core" of nnx.MultiHeadAttention. Paths are attribute names: "layers/0/up". The
     layers of a stack made by `nnx.vmap` along axis 0 share a path and so a rule, each with its own noise, parameters
     and state; scan it with axis 0 for every variable.
 
@@ -69,23 +72,24 @@ def quantize[M: nnx.Module](
         without rngs, and for layers stacked along another axis than the first.
     """
     lookup = RuleLookup(parse(recipe))
-    if any(not isinstance(rule.policy, Exact) for rule in lookup.recipe.saved):
-        raise UsageError(
-            f"recipe {lookup.recipe.name!r} says how norms, gates and attentions save their inputs, which only Linen "
-            "models can do: leave that out by dataclasses.replace(recipe, saved=())"
-        )
-    planned = [(path, layer, rules_of(lookup, path, layer)) for path, layer in _modules(module)]
+    modules = _modules(module)
+    planned = [(path, layer, rules_of(lookup, path, layer)) for path, layer in modules]
+    kept = [(path, layer, policy_of(lookup, path, layer)) for path, layer in modules]
     lookup.check_every_rule_was_used()
     planned = [(path, layer, rules) for path, layer, rules in planned if not all(rule.exact for rule in rules.values())]
+    kept = [(path, layer, policy) for path, layer, policy in kept if not isinstance(policy, Exact)]
     random = [path for path, _, rules in planned if any(rule.stochastic for rule in rules.values())]
+    random += [path for path, _, policy in kept if policy.stochastic]
     if random and (rngs is None or not {STREAM, "default"} & set(rngs)):
         raise UsageError(
             f"recipe {lookup.recipe.name!r} rounds or rotates at random, e.g. in layer {random[0]!r}: pass "
             "rngs=nnx.Rngs(quant=seed)"
         )
-    leads = [stacked_axes(path, layer) for path, layer, _ in planned]
-    for (path, layer, rules), lead in zip(planned, leads, strict=True):
+    leads = [stacked_axes(path, layer) for path, layer, _ in (*planned, *kept)]
+    for (path, layer, rules), lead in zip(planned, leads, strict=False):
         install(path, layer, rules, lead, rngs, backend)
+    for (path, layer, policy), lead in zip(kept, leads[len(planned) :], strict=True):
+        install_saved(path, layer, policy, lead, rngs)
     return module if example is None else initialize(module, *example)
 
 
@@ -125,17 +129,17 @@ def next_state(module: nnx.Module, gradients: nnx.State) -> None:
       gradients: those with respect to `QuantTap`; others are left alone.
     """
     observed = {names: leaf[...] for names, leaf in nnx.to_flat_state(gradients) if isinstance(leaf, QuantTap)}
-    for names, product in _products(module):
-        slots = {name: observed.get((*names, "slots", name)) for name in product.slots}
+    for names, node in _nodes(module):
+        slots = {name: observed.get((*names, "slots", name)) for name in node.slots}
         if any(slot is None for slot in slots.values()):
             raise UsageError(
                 f"layer {_layer(names)!r} remembers, and the gradient with respect to its QuantTap is missing: "
                 "nnx.grad(..., argnums=nnx.DiffState(0, nnx.Any(nnx.Param, QuantTap)))"
             )
-        before = {name: {leaf: value[...] for leaf, value in state.items()} for name, state in product.state.items()}
-        for name, state in next_product_state(product.rule, before, slots).items():
+        before = {name: {leaf: value[...] for leaf, value in state.items()} for name, state in node.state.items()}
+        for name, state in node.after(before, slots).items():
             for leaf, value in state.items():
-                product.state[name][leaf][...] = value
+                node.state[name][leaf][...] = value
 
 
 def add_taps(module: nnx.Module) -> None:
@@ -167,8 +171,12 @@ def _modules(module):
     return [("/".join(map(str, names)), layer) for names, layer in nnx.iter_modules(module)]
 
 
+def _nodes(module):
+    return [(names, part) for names, part in nnx.iter_modules(module) if isinstance(part, Node)]
+
+
 def _products(module):
-    return [(names, part) for names, part in nnx.iter_modules(module) if isinstance(part, Product)]
+    return [(names, node) for names, node in _nodes(module) if isinstance(node, Product)]
 
 
 def _layer_names(names):

@@ -1,6 +1,5 @@
-"""Norms, gates and attention whose inputs are saved as a recipe says (`ops.saved`), by their paths in a model."""
+"""Norms, gates and attention of Linen models whose inputs are saved by a recipe's policies, by their paths."""
 
-import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ from lowprec.errors import UsageError
 from lowprec.nn.attention import CausalSelfAttention
 from lowprec.nn.gates import SiluGate
 from lowprec.nn.places import STATE, Place
-from lowprec.ops.saved import Exact, Policy, RunningUint8, saved, slot_name
+from lowprec.nn.saved_forms import CORE, SavedForms
+from lowprec.ops.saved import Policy, RunningUint8, slot_name
 
-CORE = "core"  # of attention: from queries, keys and values to the context, as recipes name it
 NORMS = (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm)
-_ARRAYS_OF_ATTENTION = ("bias", "mask", "dropout_rng")
 
 
 def saved_name(module: nn.Module, method: str) -> str | None:
@@ -29,17 +27,14 @@ def saved_name(module: nn.Module, method: str) -> str | None:
 
 
 @dataclass
-class SavedPlace(Place):
-    """A function in a model whose inputs are kept by a policy."""
+class SavedPlace(Place, SavedForms):
+    """A function of a bound module whose inputs are kept by a policy."""
 
     policy: Policy
 
-    def call(self, function: Callable, inputs: tuple, others: tuple = ()):
-        """function(*inputs, *others), of which the inputs are kept by the policy and the others exactly."""
+    def options(self, inputs):
         state, slots = self._memory(inputs)
-        policies = [self.policy] * len(inputs) + [Exact()] * len(others)
-        key = self.key(self.policy.stochastic)
-        return saved(function, *policies)(*inputs, *others, key=key, state=state, slots=slots)
+        return {"key": self.key(self.policy.stochastic), "state": state, "slots": slots}
 
     def norm(self, call: Callable, aside: Callable[[], AbstractContextManager], x, **others):
         """A norm as a pure function of its parameters and its input.
@@ -58,22 +53,6 @@ class SavedPlace(Place):
                 return unbound.apply({"params": params}, x, **others)
 
         return self.call(function, (x,), (self.module.variables.get("params", {}), others))
-
-    def core(self, plain: Callable) -> Callable:
-        """The core of `CausalSelfAttention`, or the `attention_fn` of nn.MultiHeadDotProductAttention."""
-
-        @functools.wraps(plain)  # Flax reads the signature to see which options it takes
-        def attention(query, key, value, *products, **options):
-            if options.get("module") is not None:
-                raise UsageError("attention weights cannot be sown where the inputs of attention are saved")
-            arrays = {name: options.pop(name, None) for name in _ARRAYS_OF_ATTENTION if name in options}
-
-            def function(query, key, value, arrays):
-                return plain(query, key, value, *products, **arrays, **options)
-
-            return self.call(function, (query, key, value), (arrays,))
-
-        return attention
 
     def _memory(self, inputs):
         state: dict[str, Any] = {}

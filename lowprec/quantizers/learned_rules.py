@@ -26,6 +26,9 @@ Count = Literal["block", "features", "matrix"]
 
 # Steps, clips and scales are held above it (ParetoQ's floor): an optimizer may not turn their signs.
 SMALLEST = 1e-5
+# Ranges that start at the extremes of the data are wider by this part of themselves: the extremes lie inside, and have
+# a gradient, whatever the last bit of a scale.
+HAIR = np.float32(2**-17)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class LearnedStep(Differentiable):
             step = jnp.max(jnp.abs(blocks), axis=layout.members, keepdims=True) / np.float32(element.max)
         else:
             spread = jnp.max(blocks, axis=layout.members, keepdims=True) - low
+            low, spread = low - HAIR * spread, (1 + 2 * HAIR) * spread
             step = spread / np.float32(element.max - element.min)
         step = jnp.where(step > 0, step, 1.0)
         params = {"step": step.reshape(layout.scale_shape)}
@@ -178,7 +182,7 @@ class LearnedExponentBias(Differentiable):
     def initial_params(self, x, fmt, axis):
         fmt, layout = _float_blocks(x, fmt, axis)
         top = jnp.max(jnp.abs(layout.split(x.astype(jnp.float32))), axis=layout.members, keepdims=True)
-        top = jnp.where(top > 0, top, fmt.element.max)
+        top = jnp.where(top > 0, (1 + HAIR) * top, fmt.element.max)
         return {"bias": (fmt.element.bias + jnp.log2(fmt.element.max / top)).reshape(layout.scale_shape)}
 
     def quantize(self, x, fmt, axis, params, state, key):

@@ -9,7 +9,7 @@ from lowprec import formats
 from lowprec.quantizers import optimal_clip
 from lowprec.quantizers.affine import RunningRange, affine_quant
 from lowprec.quantizers.delayed import Delayed
-from lowprec.quantizers.learned_rules import Elastic, LearnedClip, LearnedExponentBias, LearnedStep
+from lowprec.quantizers.learned_rules import HAIR, Elastic, LearnedClip, LearnedExponentBias, LearnedStep
 from lowprec.quantizers.noisy_bits import LearnedBits
 
 W = np.asarray(jax.random.normal(jax.random.key(0), (64, 8)), np.float64)
@@ -67,8 +67,10 @@ def test_lsq_plus_starts_on_the_range_and_learns_the_offset():
     rule = LearnedStep("range", offset=True)
     params = rule.initial_params(jnp.float32(x), fmt, 0)
     step, offset = (float(params[name].reshape(())) for name in ("step", "offset"))
-    assert step == pytest.approx((x.max() - x.min()) / 15, rel=1e-5)
-    assert offset == pytest.approx(x.min(), rel=1e-5)
+    spread = x.max() - x.min()
+    assert step == pytest.approx((1 + 2 * HAIR) * spread / 15, rel=1e-6)
+    assert offset == pytest.approx(x.min() - HAIR * spread, rel=1e-6)
+    assert np.all(run(rule, "uint4@tensor", x, params=params)[1])  # the extremes have a gradient
     params = {"step": params["step"] / 2, "offset": params["offset"]}  # half the range: the upper half clips
     values, dx, gradient = run(rule, "uint4@tensor", x, params=params)
     v = (x - offset) / (step / 2)
@@ -139,12 +141,12 @@ def test_one_bit_is_the_sign_times_the_mean_magnitude_of_the_row():
 def test_a_learned_exponent_bias_starts_at_the_largest_magnitude_and_moves_the_grid():
     rule, fmt = LearnedExponentBias(), formats.parse("e2m1fn@row")
     params = rule.initial_params(jnp.float32(np.full((4, 1), 6.0)), fmt, 0)
-    assert float(params["bias"].reshape(())) == pytest.approx(1)  # that of e2m1 itself
+    assert float(params["bias"].reshape(())) == pytest.approx(1 - np.log2(1 + HAIR), rel=1e-6)  # that of e2m1 itself
     params = rule.initial_params(jnp.ones((4, 1)), fmt, 0)
-    assert float(params["bias"].reshape(())) == pytest.approx(3.584962500721156, rel=1e-6)
+    assert float(params["bias"].reshape(())) == pytest.approx(3.584962500721156 - np.log2(1 + HAIR), rel=1e-6)
     values, _, _ = run(rule, "e2m1fn@row", np.linspace(0, 3.7, 3001)[:, None], np.ones((3001, 1)))
-    levels = 3.7 * np.array([0, 1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])
-    np.testing.assert_allclose(np.unique(values), levels, rtol=1e-5, atol=1e-7)
+    levels = (1 + HAIR) * 3.7 * np.array([0, 1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])
+    np.testing.assert_allclose(np.unique(values), levels, rtol=1e-6, atol=1e-7)
 
 
 def test_the_gradient_of_an_exponent_bias_is_that_of_the_step():
