@@ -44,6 +44,7 @@ SCALES = {
     "Elastic": "learned scale",
     "LearnedExponentBias": "learned bias",
     "LearnedBits": "noise",
+    "DiffQ": "noise",
 }
 
 

@@ -39,9 +39,9 @@ class LearnedStep(Differentiable):
     ∂y/∂step = q - v inside and the bound outside, ∂y/∂offset = 0 inside and 1 outside.
 
     Args:
-      init: of the step: "lsq" 2·mean|x| / √Q; "gaussian" the best one for Gaussian data of this root mean square; "max"
-        the largest magnitude over Q; "range" (max - min) / levels, the start of LSQ+ for activations. Q: the largest
-        element.
+      init: of the step: "lsq" 2·mean|x| / √Q; "gaussian" 2·A·rms / (2^b - 1), A being the clip of least error on
+        Gaussian data for 2^b equally spaced levels in [-A, A] (LSQ+ for weights); "max" the largest magnitude over Q;
+        "range" (max - min) / levels (LSQ+ for activations). Q: the largest element.
       offset: learned too, from min(x) - step · the lowest element.
       count: the gradient of the step is divided by √(count · Q), count being the values of a "block", the "features"
         (the length of the contraction axis: LSQ for activations) or the whole "matrix" (ParetoQ).
@@ -64,7 +64,8 @@ class LearnedStep(Differentiable):
         if self.init == "lsq":
             step = layout.broadcast_scale(initial_scale(x, fmt, axis=axis))
         elif self.init == "gaussian":
-            step = _rms(blocks, layout) * np.float32(optimal_clip(fmt) / element.max)
+            clip = optimal_clip(f"int{element.bits}_midrise")
+            step = _rms(blocks, layout) * np.float32(2 * clip / (2**element.bits - 1))
         elif self.init == "max":
             step = jnp.max(jnp.abs(blocks), axis=layout.members, keepdims=True) / np.float32(element.max)
         else:

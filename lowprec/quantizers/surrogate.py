@@ -35,6 +35,15 @@ scale_gradient.defvjp(lambda x, factor: (x, factor), lambda factor, cotangent: (
 
 
 @jax.custom_vjp
+def with_price(x: Float[Array, "..."], price: Any) -> Float[Array, "..."]:
+    """x, whose gradient is that of the loss plus price · sum(x)."""
+    return x
+
+
+with_price.defvjp(lambda x, price: (x, price), lambda price, cotangent: (cotangent + price, None))
+
+
+@jax.custom_vjp
 def report(x: Float[Array, "..."], slot: Float[Array, "..."], value: Float[Array, "..."]) -> Float[Array, "..."]:
     """x; the cotangent of the zero-valued slot carries the value out of the differentiated function."""
     return x

@@ -9,6 +9,7 @@ from lowprec import formats
 from lowprec.quantizers import optimal_clip
 from lowprec.quantizers.affine import RunningRange, affine_quant
 from lowprec.quantizers.delayed import Delayed
+from lowprec.quantizers.diffq import DiffQ
 from lowprec.quantizers.learned_rules import HAIR, Elastic, LearnedClip, LearnedExponentBias, LearnedStep
 from lowprec.quantizers.noisy_bits import LearnedBits
 
@@ -35,6 +36,14 @@ def test_the_first_step_of_lsq_on_gaussian_data(bits, init):
     x = jax.random.normal(jax.random.key(2), (1 << 16, 1))
     step = LearnedStep().initial_params(x, formats.parse(f"int{bits}@tensor"), 0)["step"]
     assert float(step.reshape(())) == pytest.approx(init, rel=0.01)  # 65536 values: the mean has a deviation of .3 %
+
+
+@pytest.mark.parametrize(("bits", "start"), [(2, 2 * 1.493535 / 3), (4, 2 * 2.514005 / 15)])
+def test_the_first_step_of_lsq_plus_weights_spaces_levels_equally_about_zero(bits, start):
+    """2·A·rms / (2^b - 1), with the published optimal clips A of Gaussian data (QuEST, arXiv 2502.05003)."""
+    x = 3 * jax.random.normal(jax.random.key(2), (64, 1))
+    step = LearnedStep("gaussian").initial_params(x, formats.parse(f"int{bits}@tensor"), 0)["step"]
+    assert float(step.reshape(())) == pytest.approx(start * float(jnp.sqrt(jnp.mean(x * x))), rel=1e-5)
 
 
 def test_the_gradient_of_an_lsq_step_is_the_papers():
@@ -174,26 +183,15 @@ def test_gaussian_weight_sampling_is_unbiased_with_the_variance_of_rounded_norma
     assert np.mean(np.round(unit) == 0) == pytest.approx(0.6827, abs=5 * np.sqrt(0.6827 * 0.3173 / unit.size))
 
 
-@pytest.mark.parametrize(("noise", "fmt"), [("gaussian", "float32@32x32"), ("uniform", "float32@32x32")])
-def test_gradients_of_learned_bits(noise, fmt):
+def test_gradients_of_learned_bits():
     """That of w is the gradient itself; that of b the derivative of the noise at fixed draws."""
-    rule, key, g = LearnedBits(noise, 6, 4), jax.random.key(7), np.float32(np.sin(np.arange(2048.0)).reshape(64, 32))
-    noise_at = lambda t: run(rule, fmt, TALL, g, params={"bits": jnp.full((2, 1), t)}, key=key)
+    rule, key, g = LearnedBits(6, 4), jax.random.key(7), np.float32(np.sin(np.arange(2048.0)).reshape(64, 32))
+    noise_at = lambda t: run(rule, "float32@32x32", TALL, g, params={"bits": jnp.full((2, 1), t)}, key=key)
     _, dw, gradient = noise_at(1.0)
     np.testing.assert_array_equal(dw, g)
     step = 0.05  # curvature: (2 ln 2 · .05)² / 6 = 8e-4
     difference = (g * (noise_at(1.0 + step)[0] - noise_at(1.0 - step)[0])).reshape(2, 32, 32).sum((1, 2)) / (2 * step)
     np.testing.assert_allclose(np.asarray(gradient["bits"])[:, 0], difference, rtol=2e-3)
-
-
-def test_uniform_noise_is_that_of_the_quantization_step():
-    rule = LearnedBits("uniform", 8, 8)
-    values, _, _ = run(rule, "float32@32x32", TALL, TALL, params=BITS, key=jax.random.key(1))
-    blocks = TALL.reshape(2, 32, 32)
-    delta = np.repeat((blocks.max((1, 2)) - blocks.min((1, 2))) / 255, 32)[:, None]
-    unit = (values - TALL) / delta
-    assert np.abs(unit).max() <= 0.5 + 1e-3
-    assert np.var(unit) == pytest.approx(1 / 12, rel=0.1)  # 2048 values: 2 % a sigma
 
 
 def test_many_bits_are_no_noise():
@@ -274,7 +272,8 @@ def test_running_ranges_are_moving_averages_and_start_late():
         (lambda: Delayed().initial_state(formats.parse("e4m3fn@row")), "a float scale a tensor"),
         (lambda: RunningRange().initial_state(formats.parse("int8@tensor")), "uint8@tensor"),
         (lambda: LearnedStep("mse"), "unknown start of a learned step"),
-        (lambda: LearnedBits("normal"), "gaussian or uniform"),
+        (lambda: DiffQ("normal"), "unknown noise of DiffQ"),
+        (lambda: DiffQ(lowest=8), "start between the lowest"),
         (lambda: Elastic().initial_params(jnp.ones((4, 4)), formats.parse("int4@row"), 0), "int<b>_midrise"),
         (lambda: LearnedExponentBias().initial_params(jnp.ones((4, 4)), formats.parse("int4@row"), 0), "float format"),
     ],

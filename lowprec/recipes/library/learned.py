@@ -3,6 +3,7 @@
 from lowprec.ops import GemmRule
 from lowprec.quantizers import EXACT, REUSE, Quantizer, RootMeanSquare
 from lowprec.quantizers.affine import RunningRange
+from lowprec.quantizers.diffq import DiffQ
 from lowprec.quantizers.learned_rules import Elastic, LearnedClip, LearnedExponentBias, LearnedStep
 from lowprec.quantizers.noisy_bits import LearnedBits
 from lowprec.recipes.recipe import Recipe, everywhere, forward_only
@@ -46,7 +47,7 @@ def paretoq(name: str, fmt: str, scale) -> Recipe:
 PARETOQ_STEP = LearnedStep("max", count="matrix")
 
 
-def noisy(name: str, fmt: str, bits: LearnedBits, source: str) -> Recipe:
+def noisy(name: str, fmt: str, bits: LearnedBits | DiffQ, source: str) -> Recipe:
     """Weights with noise in place of rounding."""
     return everywhere(name, GemmRule(fwd=(EXACT, Quantizer(fmt, scale=bits, pad=True)), dgrad=(EXACT, REUSE)), source)
 
@@ -57,8 +58,6 @@ llm_fp4_learned = forward_only(
     Quantizer("e2m1fn@row", scale=LearnedExponentBias()),
     "LLM-FP4, arXiv 2310.16836: FP4 with real exponent biases, here learned as LSQ learns steps",
 )
-
-DIFFQ = LearnedBits("uniform", start=8.0, target=2.0)
 
 RECIPES = (
     *(lsq(bits) for bits in (2, 3, 4, 8)),
@@ -72,5 +71,5 @@ RECIPES = (
     paretoq("paretoq_4", "int4@row", PARETOQ_STEP),
     llm_fp4_learned,
     noisy("pqt", "bfloat16@32x32", LearnedBits(), "PQT, arXiv 2505.11170: Gaussian weight sampling, learned bits"),
-    noisy("diffq", "float32@1x8", DIFFQ, "DiffQ, arXiv 2104.09987: uniform noise, learned bits"),
+    noisy("diffq", "float32@1x8", DiffQ(), "DiffQ, arXiv 2104.09987: uniform noise, learned bits"),
 )
