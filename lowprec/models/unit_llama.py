@@ -12,6 +12,7 @@ from flax.linen.dtypes import promote_dtype
 
 from lowprec.models.config import ModelConfig
 from lowprec.nn import unit_scaling
+from lowprec.nn.outliers import observe_activations
 from lowprec.nn.rotary import rotary
 from lowprec.nn.stack import LayerStack
 from lowprec.nn.unit_scaling import scale_backward, scale_forward
@@ -62,7 +63,9 @@ class UnitAttention(nn.Module):
         q_BTHK = rotary(project(c.heads, "query"), positions_T, c.rotary_base)
         k_BTGK = rotary(project(c.key_heads, "key"), positions_T, c.rotary_base)
         y_BTHK = unit_scaling.causal_attention(q_BTHK, k_BTGK, project(c.key_heads, "value"))
-        return dense(y_BTHK.reshape(B, T, D), D, "out", c.dtype)
+        y_BTD = dense(y_BTHK.reshape(B, T, D), D, "out", c.dtype)
+        observe_activations(self, "attention", y_BTD)
+        return y_BTD
 
 
 class UnitMLP(nn.Module):
@@ -92,6 +95,7 @@ class UnitBlock(nn.Module):
             branch_BTD, skip_BTD = unit_scaling.residual_split(x_BTD, tau)
             branch_BTD = UnitRMSNorm(c.norm_epsilon, name=f"{name}_norm")(branch_BTD)
             x_BTD = unit_scaling.residual_add(layer(c, name=name)(branch_BTD), skip_BTD, tau)
+        observe_activations(self, "residual", x_BTD)
         return x_BTD
 
 

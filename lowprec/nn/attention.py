@@ -1,13 +1,19 @@
 """Causal self-attention with grouped queries; its scores and weights are computed in float32."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lowprec.nn import attention_gate
+from lowprec.nn.attention_mask import causal_mask
+from lowprec.nn.attention_weights import Weights, softmax
+from lowprec.nn.outliers import observe_activations, observe_weights, observing
 from lowprec.nn.rotary import rotary
-from lowprec.typing import Array, Float
+from lowprec.typing import Array, Bool, Float
 
 # The two products of attention with activations on both sides, as recipes name them: q · kᵀ and weights · v.
 SCORES, CONTEXT = "scores", "context"
@@ -23,6 +29,9 @@ class CausalSelfAttention(nn.Module):
       rotary_base: of the position frequencies.
       scores_einsum, context_einsum: the products q · kᵀ and weights · v; a recipe may take their place.
       core: the context from queries, keys and values, and the two products; a recipe may save its inputs.
+      weights: from scores, one of `nn.attention_weights`.
+      gate: of each head's context, one of `attention_gate.KINDS`.
+      rotary_dtype: see `rotary`.
     """
 
     heads: int
@@ -33,21 +42,39 @@ class CausalSelfAttention(nn.Module):
     scores_einsum: Callable = jnp.einsum
     context_einsum: Callable = jnp.einsum
     core: Callable | None = None
+    weights: Weights = softmax
+    gate: str = ""
+    rotary_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], mask_BTS: Bool[Array, "B T S"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Attention to what the mask allows; None: to every token up to one's own."""
         B, T, D = x_BTD.shape
         H, G, K = self.heads, self.kv_heads, D // self.heads
         dense = lambda features, name: nn.Dense(
             features, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.normal(self.init_std), name=name
         )
         project = lambda heads, name: dense(heads * K, name)(x_BTD).reshape(B, T, heads, K)
-        positions_T = jnp.arange(T)
-        q_BTHK = rotary(project(H, "query"), positions_T, self.rotary_base)
-        k_BTGK = rotary(project(G, "key"), positions_T, self.rotary_base)
-        v_BTGK = project(G, "value")
-        y_BTHK = (self.core or grouped_attention)(q_BTHK, k_BTGK, v_BTGK, self.scores_einsum, self.context_einsum)
-        return dense(D, "out")(y_BTHK.reshape(B, T, D))
+        turned = partial(rotary, positions_T=jnp.arange(T), base=self.rotary_base, dtype=self.rotary_dtype)
+        q_BTHK, k_BTGK, v_BTGK = turned(project(H, "query")), turned(project(G, "key")), project(G, "value")
+        y_BTHK = self._context(q_BTHK, k_BTGK, v_BTGK, mask_BTS)
+        if self.gate:
+            hidden = attention_gate.hidden_width(self.gate, K)
+            gate = attention_gate.HeadGate(hidden, self.init_std, dtype=self.dtype, name=attention_gate.PATH)
+            y_BTHK = y_BTHK * gate(x_BTD.reshape(B, T, H, K))[..., None]
+        y_BTD = dense(D, "out")(y_BTHK.reshape(B, T, D))
+        observe_activations(self, "attention", y_BTD)
+        return y_BTD
+
+    def _context(self, q_BTHK, k_BTGK, v_BTGK, mask_BTS):
+        options: dict[str, Any] = {"weights": self.weights} | ({} if mask_BTS is None else {"mask": mask_BTS})
+        core = self.core or grouped_attention
+        if observing(self):
+            # How inputs are saved changes no value, and there is no backward pass here.
+            core, options["observe"] = grouped_attention, partial(observe_weights, self)
+        return core(q_BTHK, k_BTGK, v_BTGK, self.scores_einsum, self.context_einsum, **options)
 
 
 def grouped_attention(
@@ -56,13 +83,25 @@ def grouped_attention(
     v_BTGK: Float[Array, "B T G K"],
     scores_einsum: Callable = jnp.einsum,
     context_einsum: Callable = jnp.einsum,
+    *,
+    mask: Bool[Array, "B T T"] | None = None,
+    weights: Weights = softmax,
+    observe: Callable | None = None,
 ) -> Float[Array, "B T H K"]:
-    """softmax(q·k / √K + causal mask) · v, each key head serving H / G consecutive query heads."""
+    """softmax(q·k / √K + causal mask) · v, each key head serving H / G consecutive query heads.
+
+    Args:
+      mask: the tokens that each may attend to; None: those up to its own.
+      weights: what takes the place of softmax.
+      observe: is told the weights and the mask.
+    """
     B, T, H, K = q_BTHK.shape
     G = k_BTGK.shape[2]
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
     score_BGRTS = scores_einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BTGK, preferred_element_type=jnp.float32) * K**-0.5
-    causal_TS = jnp.tril(jnp.ones((T, T), bool))
-    weight_BGRTS = nn.softmax(jnp.where(causal_TS, score_BGRTS, -jnp.inf))
+    allowed = causal_mask(T) if mask is None else mask[:, None, None]
+    weight_BGRTS = weights(score_BGRTS, allowed)
+    if observe is not None:
+        observe(weight_BGRTS, allowed)
     y_BTGRK = context_einsum("BGRTS,BSGK->BTGRK", weight_BGRTS.astype(v_BTGK.dtype), v_BTGK)
     return y_BTGRK.reshape(B, T, H, K)

@@ -5,8 +5,9 @@ Randomness comes from the stream "quant". Beside "params" there are the collecti
 parameters; "quant", what quantizers remember from step to step; and "taps", zeros whose cotangent carries statistics.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -62,11 +63,18 @@ class QuantizedModule:
     def init_with_output(self, rngs, *args, **kwargs):
         return self._run(self.module.init_with_output, True, (rngs, *args), kwargs)
 
-    def init_quantizers(self, params, *args, rngs=None, **kwargs) -> dict[str, Any]:
-        """The collections "quant_params" and "quant" for parameters that are there already, e.g. a plain checkpoint."""
+    def init_quantizers(
+        self, params, *args, rngs=None, model_state: Mapping[str, Any] = MappingProxyType({}), **kwargs
+    ) -> dict[str, Any]:
+        """The collections "quant_params" and "quant" for parameters that are there already, e.g. a plain checkpoint.
+
+        Args:
+          model_state: the model's own collections beside the parameters (batch norms'), mutable as in training.
+        """
         collections = (LEARNED, STATE)
-        arguments = ({"params": params}, *args)
-        _, made = self._run(self.module.apply, True, arguments, kwargs | {"mutable": collections, "rngs": rngs})
+        arguments = ({"params": params, **model_state}, *args)
+        mutable = (*collections, *model_state)
+        _, made = self._run(self.module.apply, True, arguments, kwargs | {"mutable": mutable, "rngs": rngs})
         return {name: made[name] for name in collections if made.get(name)}
 
     def apply(self, variables, *args, **kwargs):

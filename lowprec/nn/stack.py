@@ -1,8 +1,8 @@
 """A stack of equal blocks, scanned, whose layers may still follow different rules.
 
 The parameters of all layers are stored stacked, whatever the recipe: checkpoints and initial values do not depend on
-it. Runs of layers that a recipe treats alike are scanned together, each compiled once. Other collections, which belong
-to the recipe, are stacked run by run, under the name "start:stop" of the run.
+it. Runs of layers that a recipe treats alike are scanned together, each compiled once. Collections which belong to the
+recipe are stacked run by run, under the name "start:stop" of the run.
 """
 
 import re
@@ -12,12 +12,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from lowprec.nn.outliers import COLLECTION
 from lowprec.ops.saved import KEPT
 from lowprec.typing import Array
 
 Segments = tuple[tuple[int, int], ...]
 
+# Outputs of modules (`nn.capture`): written by one model, run by run, and given to another, whatever its runs.
+CAPTURED, GIVEN = "captured", "given"
+
 _RUN = re.compile(r"(\d+):(\d+)")
+# Collections that hold all layers stacked, whatever the recipe.
+_WHOLE = ("params", GIVEN)
 
 
 class LayerStack(nn.Module):
@@ -58,9 +64,11 @@ class LayerStack(nn.Module):
 
     def _scan(self, x, args, start, stop, streams):
         block, run = self._block_at(start), f"{start}:{stop}"
-        own = {name: tree[run] for name, tree in self.variables.items() if name != "params" and run in tree}
-        layers = own | {"params": jax.tree.map(lambda leaf: leaf[start:stop], self.variables["params"])}
-        mutable = [name for name in ("quant_params", "quant", "taps") if self.is_mutable_collection(name)]
+        own = {name: tree[run] for name, tree in self.variables.items() if name not in _WHOLE and run in tree}
+        cut = lambda tree: jax.tree.map(lambda leaf: leaf[start:stop], tree)
+        layers = own | {name: cut(tree) for name, tree in self.variables.items() if name in _WHOLE}
+        written = ("quant_params", "quant", "taps", COLLECTION, CAPTURED)
+        mutable = [name for name in written if self.is_mutable_collection(name)]
 
         def body(x, layer):
             variables, index = layer
@@ -77,6 +85,21 @@ class LayerStack(nn.Module):
         for name, value in updates.items():
             self.put_variable(name, run, value)
         return x
+
+
+def is_run(name: str) -> bool:
+    """Whether an entry of a collection holds a run of layers."""
+    return _RUN.fullmatch(name) is not None
+
+
+def run_start(name: str) -> int:
+    """The first layer of the run of this name."""
+    return run_layers(name).start
+
+
+def run_layers(name: str) -> slice:
+    """The layers of the run of this name."""
+    return slice(*map(int, name.split(":")))
 
 
 def module_path(module: nn.Module) -> str:
