@@ -44,6 +44,8 @@ class SavedInputs(SavedForms, Node):
         return {"key": self.key(), "state": self.one_layer(self.state), "slots": self.one_layer(self.slots)}
 
     def after(self, state, observed):
+        if not isinstance(self.policy, RunningUint8):
+            return state
         return {name: self.policy.next_state(state[name], observed[name]) for name in state}
 
 

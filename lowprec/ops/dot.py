@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -25,6 +24,7 @@ from lowprec.ops.saved import KEPT, SAVED_X, Codes, Exact, Recompute, keep_input
 from lowprec.ops.variables import ProductVariables, Variables, check_variables, through_differentiable
 from lowprec.quantizers.error import SUMS
 from lowprec.quantizers.estimators import Factor
+from lowprec.quantizers.normalize import normalize_rows
 from lowprec.quantizers.variables import Differentiable
 from lowprec.typing import Array, Float
 
@@ -83,7 +83,7 @@ def qdot(
         )
         return checkpoint_name(y, KEPT)
     if rule.normalize_input:
-        x = normalize_rows(x, dimension_numbers[0][0])
+        x = normalize_rows(x, tuple(dimension_numbers[0][0]))
     form = canonical_form(x.shape, w.shape, dimension_numbers)
     x_MK, w_KN = form.collapse_x(x), form.collapse_w(w)
     variables = variables(x_MK, w_KN) if callable(variables) else variables or ProductVariables()
@@ -243,10 +243,3 @@ def through_quantizer(g, q, name, other, factor, streams, inputs):
         # Where nothing passes it is zero, even if the gradient there is no number.
         g = jnp.where(factor, g, 0) if factor.dtype == bool else factor * g
     return unrotate(q, g, name, streams, inputs)
-
-
-def normalize_rows(x, axes):
-    """x / rms(x) over the contraction axes, in float32."""
-    wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(wide * wide, axis=tuple(axes), keepdims=True)
-    return (wide * lax.rsqrt(mean_square + np.float32(1e-5))).astype(x.dtype)

@@ -15,11 +15,12 @@ from jax import lax
 
 from lowprec.errors import UsageError, unknown
 from lowprec.ops.backends import BACKENDS
-from lowprec.ops.dot import from_source, normalize_rows, through_quantizer
+from lowprec.ops.dot import from_source, through_quantizer
 from lowprec.ops.group_scales import by_group, check_groups, row_alignment
 from lowprec.ops.operand import Operand, Streams, gradient_factor, quantize_operand
 from lowprec.ops.rule import GemmRule
 from lowprec.quantizers.estimators import Factor
+from lowprec.quantizers.normalize import normalize_rows
 from lowprec.typing import Array, Bool, Float, Int
 
 

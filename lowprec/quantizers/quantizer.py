@@ -133,7 +133,8 @@ class Quantizer:
             parts.append(str(self.rotation))
         if self.clamp:
             parts.append(str(self.clamp))
-        if isinstance(self.format, BlockFormat) and str(self.scale) != "absmax":
+        scaled = isinstance(self.format, BlockFormat) or isinstance(self.scale, Differentiable)
+        if scaled and str(self.scale) != "absmax":
             parts.append(str(self.scale))
         if self.rounding.kind != "nearest_even":
             parts.append(str(self.rounding))

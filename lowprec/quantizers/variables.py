@@ -45,13 +45,12 @@ class RememberedScale(Remembering):
 
 
 class Differentiable(ABC):
-    """A rule that quantizes an operand of the forward product by a differentiable function.
+    """A rule that quantizes an operand of the forward product by a differentiable function."""
 
-    Attributes:
-      learns: whether it has parameters.
-    """
-
-    learns = True
+    @property
+    def learns(self) -> bool:
+        """Whether it has parameters."""
+        return True
 
     @abstractmethod
     def initial_params(self, x: Float[Array, "..."], fmt: Format, axis: int) -> dict[str, Float[Array, "..."]]:
