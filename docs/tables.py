@@ -44,7 +44,14 @@ SCALES = {
     "Elastic": "learned scale",
     "LearnedExponentBias": "learned bias",
     "LearnedBits": "noise",
+    "DoubleRounding": "learned steps",
+    "SampledDoubleRounding": "learned steps",
+    "SoftClusters": "clusters",
     "DiffQ": "noise",
+    "DynamicFixedPoint": "changing",
+    "DynamicChoice": "or another",
+    "Sparse": "2:4 sparse",
+    "RankDecay": "learned step and rank 32",
 }
 
 
@@ -129,7 +136,7 @@ def _short(q: Quantizer) -> str:
 
 def optimizers_table() -> str:
     rows = []
-    params = {"w": jnp.zeros((1000, 1000))}
+    params = {"kernel": jnp.zeros((1000, 1000))}
     for name in optimizer.names():
         state = jax.eval_shape(optimizer.build_optimizer(OptimizerConfig(name=name), 100).init, params)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

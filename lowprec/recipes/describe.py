@@ -1,18 +1,24 @@
 """Recipes and their list as tables that people read."""
 
+from lowprec.formats.types import BlockFormat
 from lowprec.ops.accumulation import Accumulation
 from lowprec.ops.rule import PRODUCTS, GemmRule
 from lowprec.quantizers import Quantizer, StraightThrough
+from lowprec.quantizers.variables import Differentiable
 
 
 def describe(recipe) -> str:
     lines = [recipe.name if not recipe.source else f"{recipe.name}: {recipe.source}", ""]
+    if recipe.keeping:
+        lines += [f"{recipe.keeping.describe()}: left as they are", ""]
     for rule in recipe.rules:
         lines.append(f"layers {rule.pattern}{'  (where there are any)' if rule.optional else ''}")
         lines += [f"  {line}" for line in _describe_rule(rule.gemm)]
         lines.append("")
     if recipe.loss_scaling:
         lines.append(str(recipe.loss_scaling))
+    if recipe.control:
+        lines.append(str(recipe.control))
     lines += [f"inputs of {rule.pattern} saved: {rule.policy}" for rule in recipe.saved]
     return "\n".join(lines).rstrip()
 
@@ -43,7 +49,8 @@ def _columns(q: Quantizer, product: str) -> tuple[str, ...]:
     source = {"original": "the original", "requantize": "the forward values"}[q.source]
     if q.exact:
         return ("as it is", "", "", "", "", source)
-    scale = str(q.scale) if hasattr(q.format, "block") else "none"
+    scaled = isinstance(q.format, BlockFormat) or isinstance(q.scale, Differentiable)
+    scale = str(q.scale) if scaled else "none"
     if q.correction:
         scale += f", {q.correction}"
     gradient = (

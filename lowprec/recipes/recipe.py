@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowprec.errors import UsageError
 from lowprec.ops import KEEP, GemmRule
 from lowprec.ops.saved import Codes, Exact, Policy
 from lowprec.quantizers import EXACT, REUSE, Quantizer
+from lowprec.recipes.controllers import Control
 from lowprec.recipes.hooks import LossScaling
+from lowprec.recipes.outer_layers import OuterLayers
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Recipe:
       loss_scaling: done by the training step.
       saved: pairs (pattern, policy) in order, as a mapping or a tuple of `SavedRule`: what norms, gates and attentions
         keep of their inputs for the backward pass. (Of products a GemmRule says it.)
+      keeping: layers at both ends of the model that are left as they are; `for_layers` says which these are.
+      control: of formats that are state, by the training step.
     """
 
     name: str
@@ -83,6 +87,8 @@ class Recipe:
     source: str = ""
     loss_scaling: LossScaling | None = None
     saved: Mapping[str, Policy] | tuple[SavedRule, ...] = ()
+    keeping: OuterLayers | None = None
+    control: Control | None = None
 
     def __post_init__(self):
         rules = self.rules
@@ -106,6 +112,8 @@ class Recipe:
         Raises:
           UsageError: (a ValueError) if no rule matches.
         """
+        if self.keeping is not None:
+            raise UsageError(f"recipe {self.name!r} keeps outer layers: say of how many, recipe.for_layers(12)")
         index = self.match(path)
         if index is None:
             patterns = ", ".join(repr(rule.pattern) for rule in self.rules)
@@ -123,6 +131,17 @@ class Recipe:
         """How the inputs of a norm, a gate or an attention are saved; `Exact` where no pattern matches."""
         index = self.match_saved(path)
         return Exact() if index is None else tuple(self.saved)[index].policy
+
+    def for_layers(self, layers: int) -> "Recipe":
+        """The recipe for a model of so many layers, in which it keeps the first and the last of `keeping`.
+
+        Raises:
+          UsageError: (a ValueError) if no layer would be left to quantize.
+        """
+        if self.keeping is None:
+            return self
+        kept = LayerRule(self.keeping.pattern(layers), KEEP)
+        return replace(self, rules=(kept, *self.rules), keeping=None)
 
     @property
     def stochastic(self) -> bool:

@@ -1,6 +1,7 @@
 """The short form of a recipe, for configs and sweeps: "fwd=int4@row dgrad=int8@row(stochastic) wgrad=bf16".
 
-    recipe  := product "=" operand ["," operand] {" " product "=" …}
+    recipe  := rule | pattern ": " rule {"; " pattern ": " rule}
+    rule    := product "=" operand ["," operand] {" " product "=" …}
     product := fwd (of x, w) | dgrad (of dy, w) | wgrad (of dy, x)
     operand := format ["(" option {" " option} ")"]
     option  := a rounding mode | hadamard<size|full>[.fixed|.random][.outer] | clamp[<quantile>]
@@ -8,10 +9,13 @@
                | clip | trust | dge                                 (the estimator; else straight-through)
                | requantize
 
-One operand stands for both. A product left out stays as it is; so do embeddings and the head.
+One operand stands for both. A product left out stays as it is; so do embeddings, the head, and the products inside
+attention. A pattern is a regular expression for whole layer paths, without blanks and semicolons; the first that
+matches wins: "layers/(0|3)/.*: fwd=int8@row; .*: fwd=int4@row".
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 
 from lowprec.errors import UsageError, unknown
@@ -30,8 +34,9 @@ from lowprec.quantizers import (
     Quantizer,
     RootMeanSquare,
 )
-from lowprec.recipes.recipe import Recipe, everywhere
+from lowprec.recipes.recipe import ATTENTION_PRODUCTS, EMBEDDINGS_AND_HEAD, LayerRule, Recipe
 
+_CLAUSE = re.compile(r"(?P<pattern>[^\s;]+):\s+(?P<rule>[^\s;][^;]*)")
 _OPERAND = re.compile(r"(?P<format>[^(),=]+)(?:\((?P<options>[^()]*)\))?")
 _HADAMARD = re.compile(r"hadamard(?P<size>\d+|full)(?:\.(?P<signs>fixed|random))?(?P<outer>\.outer)?")
 _CLAMP = re.compile(r"clamp\[(?P<quantile>0?\.\d+)\]")
@@ -52,6 +57,35 @@ def parse_short(text: str) -> Recipe:
     Raises:
       UsageError: (a ValueError) naming the part that is wrong.
     """
+    if ";" not in text and not _CLAUSE.match(text.strip()):
+        return layer_rules({".*": _gemm(text)})
+    gemms: dict[str, GemmRule] = {}
+    for clause in text.strip().removesuffix(";").split(";"):
+        match = _CLAUSE.fullmatch(clause.strip())
+        if not match:
+            raise UsageError(f"recipe {text!r}: {clause.strip()!r} is not 'pattern: fwd=… dgrad=… wgrad=…'")
+        if match["pattern"] in gemms:
+            raise UsageError(f"recipe {text!r} gives the pattern {match['pattern']!r} twice")
+        gemms[match["pattern"]] = _gemm(match["rule"])
+    return layer_rules(gemms)
+
+
+def layer_rules(gemms: Mapping[str, GemmRule]) -> Recipe:
+    """The recipe of patterns and their rules, named by its short form; embeddings, head and attention as always.
+
+    Raises:
+      UsageError: (a ValueError) a pattern that the short form cannot hold.
+    """
+    for pattern in gemms:
+        if not re.fullmatch(r"[^\s;]+", pattern):
+            raise UsageError(f"a pattern of the short form has neither blanks nor semicolons, unlike {pattern!r}")
+    only = _canonical(gemms[".*"]) if list(gemms) == [".*"] else None
+    name = only or "; ".join(f"{pattern}: {_canonical(gemm)}" for pattern, gemm in gemms.items())
+    own = (LayerRule(pattern, gemm) for pattern, gemm in gemms.items())
+    return Recipe(name, (EMBEDDINGS_AND_HEAD, ATTENTION_PRODUCTS, *own))
+
+
+def _gemm(text: str) -> GemmRule:
     products = {}
     for part in re.split(r"\s+(?=\w+=)", text.strip()):
         name, equals, operands = part.partition("=")
@@ -60,8 +94,7 @@ def parse_short(text: str) -> Recipe:
         if name in products:
             raise UsageError(f"recipe {text!r} gives {name} twice")
         products[name] = _operands(operands, text, PRODUCTS[name][:2])
-    gemm = GemmRule(**products)
-    return everywhere(_canonical(gemm), gemm)
+    return GemmRule(**products)
 
 
 def _operands(text, recipe, names):

@@ -26,7 +26,8 @@ SIBLINGS = {
     *(f"int{bits}_qat" for bits in (2, 3, 4, 5, 6, 7)),
     *("lsq_2", "lsq_3", "lsq_8", "lsq_plus_2", "pact_2", "paretoq_1", "paretoq_3", "paretoq_4", "llm_fp4"),
     *("crossquant_int8", "lognet_4", "halo0", "halo1", "halo2_fp6", "zeroquant_fp_m1", "quartet_rtn"),
-    *("fp8_block_promoted", "trilm", "bitnet1"),
+    *("fp8_block_promoted", "trilm", "bitnet1", "fliqs_fp6", "nested_8", "nested_6", "nested_4", "dkm_3_soft"),
+    *("ast_2_4_int8", "qvgen_w2"),
 }
 EVERY = [pytest.param(name, marks=pytest.mark.slow if name in SIBLINGS else ()) for name in recipes.names()]
 # One of each kind: noise, rotations, reuse, state, parameters, saved inputs, nothing at all.
