@@ -9,8 +9,6 @@ scanned. Both as ratios to the plain float32 model.
 
 import argparse
 import json
-import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -18,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lowprec import models
+from lowprec.analysis.memory import saved_bytes
 from lowprec.models import ModelConfig
 from lowprec.nn import linen
 from lowprec.ops import GemmRule
@@ -69,16 +68,8 @@ def measure(model, tokens: tuple[int, int]) -> Bytes:
         return jnp.mean(model.apply({"params": params, **state}, inputs, rngs={"quant": key}) ** 2)
 
     compiled = jax.jit(jax.grad(loss)).lower(params, state, key).compile()
-    pullback = jax.eval_shape(lambda p, *others: jax.vjp(lambda p: loss(p, *others), p)[1], params, state, key)
-    residuals = _kinds(pullback) - _kinds((params, state))
-    size = sum(count * math.prod(shape) * dtype.itemsize for (shape, dtype), count in residuals.items())
-    return Bytes(size, int(compiled.memory_analysis().temp_size_in_bytes))
-
-
-def _kinds(tree) -> Counter:
-    """How many leaves there are of each shape and dtype; keys left out."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)]
-    return Counter((leaf.shape, leaf.dtype) for leaf in leaves)
+    residuals = saved_bytes(loss, params, state, key)
+    return Bytes(residuals, int(compiled.memory_analysis().temp_size_in_bytes))
 
 
 def variants(only: str = "") -> Iterator[tuple[str, str, Recipe]]:

@@ -71,21 +71,21 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _outcome(summary: dict, workdir: Path, repeated: bool) -> str:
     """The line that stays on the screen."""
+    from lowprec.training.evaluation import describe
     from lowprec.training.progress import duration
 
+    unit = summary.get("unit", "token")
     parts = [f"{summary['status']}{' before' if repeated else ''}: {workdir}", f"{summary['recipe']}"]
     if summary["status"] == "diverged":
         parts.append(f"{summary['diverged']}; step {summary['step']} was the last good one")
     evaluation = summary.get("evaluation")
     if evaluation:
         parts.append(
-            f"loss {evaluation['eval_loss']:.4f} nats/token, {evaluation['eval_bits_per_byte']:.4f} bits/byte "
-            f"({evaluation['eval_bits_per_byte_full_precision']:.4f} with the full-precision forward pass) "
-            f"at step {evaluation['step']}"
+            f"loss {evaluation['eval_loss']:.4f} nats/{unit}, {describe(evaluation)} at step {evaluation['step']}"
         )
-    parts.append(f"{summary['tokens']:,} tokens in {duration(summary['seconds'])}")
+    parts.append(f"{summary['tokens']:,} {unit}s in {duration(summary['seconds'])}")
     if summary.get("tokens_per_second"):
-        parts.append(f"{summary['tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"{summary['tokens_per_second']:,.0f} {unit}s/s")
     return "; ".join(parts)
 
 
@@ -94,6 +94,16 @@ def _eval(arguments: argparse.Namespace, extra: list[str]) -> int:
     from lowprec.training.standalone_evaluation import evaluate_run
 
     print(evaluate_run(arguments.workdir, step=arguments.step, recipe=arguments.recipe, batches=arguments.batches))
+    return DONE
+
+
+def _allocate(arguments: argparse.Namespace, extra: list[str]) -> int:
+    _refuse(extra)
+    from lowprec.analysis.allocate_run import allocate_run, split_formats
+
+    names = ("bits", "measure", "solver", "samples", "batches", "step", "rule")
+    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    print(allocate_run(arguments.directory, formats=split_formats(arguments.formats), **options))
     return DONE
 
 
@@ -178,7 +188,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="lowprec", description="Low-precision training, recipe by recipe.")
     parser.add_argument("--version", action="version", version=f"lowprec {lowprec.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_train_parser, _eval_parser, _report_parser, _formats_parser, _recipes_parser):
+    for add in (_train_parser, _eval_parser, _allocate_parser, _report_parser, _formats_parser, _recipes_parser):
         add(commands)
     names = list(commands.choices)
     if argv and not argv[0].startswith("-") and argv[0] not in names:
@@ -209,11 +219,32 @@ def _train_parser(commands) -> None:
 
 
 def _eval_parser(commands) -> None:
-    parser = _add(commands, "eval", _eval, "evaluate a checkpoint on held-out text, quantized and in full precision")
+    parser = _add(commands, "eval", _eval, "evaluate a checkpoint on held-out data, quantized and in full precision")
     parser.add_argument("--workdir", type=Path, metavar="DIR", required=True, help="of the run")
     parser.add_argument("--step", type=int, help="of the checkpoint; the newest if not given")
     parser.add_argument("--recipe", help="quantize the forward pass by this recipe instead of the run's own")
     parser.add_argument("--batches", type=int, help="of the run's batch size; as in the run if not given")
+
+
+def _allocate_parser(commands) -> None:
+    parser = _add(
+        commands,
+        "allocate",
+        _allocate,
+        "a format for each layer of a trained run, within a budget of bits, as a recipe",
+        epilog="The last line is the recipe, as config.recipe takes it.",
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="of the run")
+    parser.add_argument("--formats", metavar="NAME,NAME,...", required=True, help="the candidates: int4@row,int8@row")
+    parser.add_argument("--bits", type=float, required=True, help="stored for a weight on average, with its scales")
+    parser.add_argument("--measure", help="of sensitivity: hessian (if not given), fisher or path")
+    parser.add_argument("--solver", help="milp (if not given; needs scipy) or greedy")
+    parser.add_argument("--samples", type=int, help="draws of the trace, or points of the path; 16 if not given")
+    parser.add_argument("--batches", type=int, help="of held-out data; as in the run if not given")
+    parser.add_argument("--step", type=int, help="of the checkpoint; the newest if not given")
+    parser.add_argument(
+        "--rule", metavar="RULE", help='of a layer, {} for its format: "fwd={}"; the weights alone if not given'
+    )
 
 
 def _report_parser(commands) -> None:

@@ -7,21 +7,24 @@ from pathlib import Path
 from lowprec.analysis.figures import new_figure, save_figure
 from lowprec.analysis.runs import Run, baseline_of, gaps
 from lowprec.analysis.table import markdown_table
+from lowprec.training.tasks import NEXT_TOKEN, SCORES, task_of
 
-HEADER = (
-    "run", "recipe", "steps", "loss", "bits/byte", "bits/byte, full-precision forward",
-    "gap to bf16", "SQNR dB", "tokens/s", "status",
-)  # fmt: skip
 # Training losses are averaged over this part of the run to be seen as curves.
 SMOOTHING = 0.02
 
 
 def report_table(runs: Sequence[Run]) -> str:
-    """Losses on held-out text, nats per token, at the last evaluation; the gap is that of the losses."""
-    return markdown_table(HEADER, [_row(run, runs) for run in runs], left=2)
+    """Held-out losses, nats per token or image, at the last evaluation; the gap is that of the losses."""
+    scores = [name for name in SCORES if any(f"eval_{name}" in line for run in runs for line in run.evaluations)]
+    columns = [(SCORES[name], f"eval_{name}") for name in scores or ["bits_per_byte"]]
+    columns += [(f"{label}, full-precision forward", f"{key}_full_precision") for label, key in columns]
+    labels = [label for label, _ in columns]
+    header = ("run", "recipe", "steps", "loss", *labels, "gap to bf16", "SQNR dB", f"{_unit(runs)}s/s", "status")
+    keys = [key for _, key in columns]
+    return markdown_table(header, [_row(run, runs, keys) for run in runs], left=2)
 
 
-def _row(run: Run, runs: Sequence[Run]) -> tuple[str, ...]:
+def _row(run: Run, runs: Sequence[Run], scores: Sequence[str]) -> tuple[str, ...]:
     summary = run.summary or {}
     last = run.evaluations[-1] if run.evaluations else {}
     baseline = baseline_of(run, runs)
@@ -31,13 +34,19 @@ def _row(run: Run, runs: Sequence[Run]) -> tuple[str, ...]:
         run.config.recipe if run.config else "?",
         str(run.lines[-1]["step"] if run.lines else 0),
         _number(last.get("eval_loss"), ".4f"),
-        _number(last.get("eval_bits_per_byte"), ".4f"),
-        _number(last.get("eval_bits_per_byte_full_precision"), ".4f"),
+        *(_number(last.get(key), ".4f") for key in scores),
         _number(gap, "+.4f"),
         _number(last.get("sqnr_db"), ".1f"),
         _number(summary.get("tokens_per_second"), ",.0f"),
         run.status,
     )
+
+
+def _unit(runs: Sequence[Run]) -> str:
+    """What is predicted: "image" where all runs are of images."""
+    configs = [run.config for run in runs if run.config]
+    units = {task_of(config.model).unit for config in configs}
+    return units.pop() if len(units) == 1 else NEXT_TOKEN.unit
 
 
 def _name(run: Run, runs: Sequence[Run]) -> str:
@@ -52,25 +61,26 @@ def _number(value: object, fmt: str) -> str:
 
 
 def draw_curves(runs: Sequence[Run], output: Path) -> None:
-    """Writes a PNG: training loss and held-out loss against tokens, and the gap to bf16 where there is such a run."""
+    """Writes a PNG: training and held-out loss against tokens (or images), and the gap to bf16 where there is one."""
     figure = new_figure(12, 4.5)
     losses, gap_axes = figure.subplots(1, 2)
     for index, run in enumerate(runs):
         color, name = f"C{index % 10}", _name(run, runs)
         if not run.config:
             continue
-        per_step = run.config.train.batch_size * run.config.data.seq_len
-        points = [(line["step"] * per_step, line["loss"]) for line in run.lines if _is_number(line.get("loss"))]
+        tokens_at = {line["step"]: line["tokens"] for line in run.lines}
+        points = [(line["tokens"], line["loss"]) for line in run.lines if _is_number(line.get("loss"))]
         tokens, smooth = [x for x, _ in points], _smoothed([y for _, y in points])
         losses.plot(tokens, smooth, color=color, alpha=0.4, linewidth=1)
-        held_out = [(line["step"] * per_step, line["eval_loss"]) for line in run.evaluations]
+        held_out = [(line["tokens"], line["eval_loss"]) for line in run.evaluations]
         _plot(losses, held_out, color, name)
         baseline = baseline_of(run, runs)
         if baseline is not None and baseline is not run:
-            points = [(step * per_step, gap) for step, gap in gaps(run, baseline).items()]
+            points = [(tokens_at[step], gap) for step, gap in gaps(run, baseline).items()]
             _plot(gap_axes, points, color, name)
-    losses.set(xlabel="tokens", ylabel="loss, nats/token", title="held-out (points) and training loss")
-    gap_axes.set(xlabel="tokens", ylabel="held-out loss - bf16, nats/token", title="gap to bf16")
+    unit = _unit(runs)
+    losses.set(xlabel=f"{unit}s", ylabel=f"loss, nats/{unit}", title="held-out (points) and training loss")
+    gap_axes.set(xlabel=f"{unit}s", ylabel=f"held-out loss - bf16, nats/{unit}", title="gap to bf16")
     gap_axes.axhline(0, color="grey", linewidth=0.8)
     for axes in (losses, gap_axes):
         axes.grid(alpha=0.3)
