@@ -4,6 +4,9 @@ Window i reads tokens i·seq_len … (i+1)·seq_len, both included: neighbours s
 but the first is predicted exactly once per epoch (inputs = tokens[:, :-1], targets = tokens[:, 1:]).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from lowprec.data.text import TextData
@@ -13,7 +16,7 @@ from lowprec.errors import UsageError
 READ_THREADS = 1
 PREFETCHED_BATCHES = 8
 # grain shuffles with 32-bit indices.
-MAX_WINDOWS = 2**32
+MAX_EXAMPLES = 2**32
 
 
 class Windows:
@@ -35,7 +38,7 @@ class Windows:
 
 
 class TrainBatches:
-    """Iterates for ever over {"tokens": int32 [batch, seq_len + 1]}; made by train_batches."""
+    """Iterates for ever over batches, dicts of arrays with a row an example; made by `endless`."""
 
     def __init__(self, iterator, identity: dict):
         self._iterator, self._identity = iterator, identity
@@ -44,7 +47,7 @@ class TrainBatches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return {"tokens": next(self._iterator)}
+        return next(self._iterator)
 
     def get_state(self) -> dict:
         """Where the iteration stands, as JSON can hold it. It is the same on every process."""
@@ -94,28 +97,58 @@ def train_batches(
     Raises:
       UsageError: fewer windows than a batch; a batch that the processes can't share evenly; a bad seed.
     """
+    windows = Windows(data.train_tokens, seq_len)
+    if len(windows) < batch_size:
+        raise UsageError(
+            f"{data.name} has {len(windows)} training windows of {seq_len} tokens, less than one batch of "
+            f"train.batch_size={batch_size}; lower one of them, or read more (data.max_bytes)"
+        )
+    if len(windows) > MAX_EXAMPLES:
+        raise UsageError(f"{len(windows)} training windows are more than 2**32: raise data.seq_len")
+    return endless(
+        windows,
+        lambda position, tokens: {"tokens": tokens},
+        identity={"data": data.sha256, "seed": seed, "seq_len": seq_len, "batch_size": batch_size},
+        batch_size=batch_size,
+        seed=seed,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def endless(
+    source: Any,
+    example: Callable[[int, Any], dict[str, Any]],
+    *,
+    identity: dict[str, Any],
+    batch_size: int,
+    seed: int,
+    process_index: int,
+    process_count: int,
+) -> TrainBatches:
+    """Batches of a random-access source, shuffled anew each epoch, without replacement within one.
+
+    Args:
+      source: at least a batch of elements, by index.
+      example: (position, element) -> its row of each array. Positions count on through all epochs: epoch e of a source
+        of n elements has n · e … n · e + n - 1.
+      identity: what the order and the rows depend on, as JSON can hold it.
+    Raises:
+      UsageError: a batch that the processes can't share evenly; a bad seed.
+    """
     import grain
 
-    windows = Windows(data.train_tokens, seq_len)
     if batch_size < 1 or process_count < 1 or batch_size % process_count:
         raise UsageError(f"train.batch_size={batch_size} can't be shared evenly by {process_count} processes")
     if not 0 <= process_index < process_count:
         raise UsageError(f"process {process_index} of {process_count}: count from 0")
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed is 0 … 2**32-1, not {seed}")
-    if len(windows) < batch_size:
-        raise UsageError(
-            f"{data.name} has {len(windows)} training windows of {seq_len} tokens, less than one batch of "
-            f"train.batch_size={batch_size}; lower one of them, or read more (data.max_bytes)"
-        )
-    if len(windows) > MAX_WINDOWS:
-        raise UsageError(f"{len(windows)} training windows are more than 2**32: raise data.seq_len")
-    share = batch_size // process_count
     # Parts of batches first, then every process_count-th of them: each process's rows are neighbours.
-    batches = grain.MapDataset.source(windows).seed(seed).shuffle().repeat().batch(share)
+    rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat().map_with_index(example)
+    batches = rows.batch(batch_size // process_count)
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCHED_BATCHES)
     iterator = iter(batches[process_index::process_count].to_iter_dataset(options))
-    identity = {"data": data.sha256, "seed": seed, "seq_len": seq_len, "batch_size": batch_size}
     return TrainBatches(iterator, identity)
 
 

@@ -28,7 +28,7 @@ def open_text(name: str, root: Path, *, text_key: str = "text", download: bool =
     if base in TEXT_SETS:
         return TextSource(open_offline(base, options, root), text_key)
     if base == "digits":
-        raise UsageError("data.name='digits' is a set of images, not of text (lowprec.data.load_images reads it)")
+        raise UsageError("data.name='digits' is a set of images, not of text: set model.name=resnet or vit to read it")
     from lowprec.data.external import open_external
 
     return TextSource(open_external(name, root, download=download, ours=TEXT_SETS), text_key)
