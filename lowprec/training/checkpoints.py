@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from lowprec.errors import UsageError
 from lowprec.training.run_directory import read_json, write_json
-from lowprec.training.state import TrainState
+from lowprec.training.state import Quantizers, TrainState
 
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
 # Path -> sha256 of each other file of a checkpoint. Orbax, too, finds most damage, but then prints tracebacks from its
@@ -43,6 +43,10 @@ class Checkpoint(NamedTuple):
     state: TrainState
     data: dict[str, Any]
     progress: dict[str, Any]
+
+
+# From the progress of a checkpoint to what its state is like.
+StateOf = Callable[[Mapping[str, Any]], TrainState]
 
 
 class Damaged(NamedTuple):
@@ -89,7 +93,9 @@ class Checkpoints:
         _require_space(self.directory, state)
         progress = {**progress, "state_sha256": state_sha256(state)}
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), progress=ocp.args.JsonSave(progress)
+            state=ocp.args.StandardSave(_stored(state)),
+            data=ocp.args.JsonSave(data),
+            progress=ocp.args.JsonSave(progress),
         )
         with self._manager() as manager:
             manager.save(step, args=arguments, force=True)
@@ -99,12 +105,14 @@ class Checkpoints:
             shutil.rmtree(left_over, ignore_errors=True)
         return progress["state_sha256"]
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[Checkpoint, list[Damaged]] | None:
+    def restore(
+        self, abstract: TrainState | StateOf, step: int | None = None
+    ) -> tuple[Checkpoint, list[Damaged]] | None:
         """The newest checkpoint that can be read, and those newer ones that cannot; None when there is none at all.
 
         Changes nothing on the disk.
         Args:
-          abstract: shapes, dtypes and shardings.
+          abstract: shapes, dtypes and shardings, or a function that gives them for a checkpoint's progress.
           step: the one wanted, instead of the newest.
         Raises:
           UsageError: (a ValueError) there are some, and none can be read; or there is none of that step.
@@ -133,20 +141,23 @@ class Checkpoints:
             names = (path.with_name(f"{path.name}.damaged{i or ''}") for i in range(1000))
             path.rename(next(name for name in names if not name.exists()))
 
-    def _read(self, step: int, abstract: TrainState) -> Checkpoint:
+    def _read(self, step: int, abstract: TrainState | StateOf) -> Checkpoint:
         import orbax.checkpoint as ocp
 
         _verify_files(self.directory / str(step))
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore(), progress=ocp.args.JsonRestore()
-        )
+        beside = ocp.args.Composite(data=ocp.args.JsonRestore(), progress=ocp.args.JsonRestore())
         with self._manager(read_only=True) as manager:
-            found = manager.restore(step, args=arguments)
-        if not isinstance(found.progress, dict) or not isinstance(found.data, dict):
-            raise ValueError("it has no progress or no position in the data")
-        if found.progress.get("state_sha256") != state_sha256(found.state):
+            found = manager.restore(step, args=beside)
+            if not isinstance(found.progress, dict) or not isinstance(found.data, dict):
+                raise ValueError("it has no progress or no position in the data")
+            wanted = abstract(found.progress) if callable(abstract) else abstract
+            fields = manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_stored(wanted)))
+            ).state
+        state = TrainState(**{**fields, "quantizers": Quantizers(**fields["quantizers"])})
+        if found.progress.get("state_sha256") != state_sha256(state):
             raise ValueError("the state is not the one that was saved (sha256)")
-        return Checkpoint(step, found.state, found.data, found.progress)
+        return Checkpoint(step, state, found.data, found.progress)
 
     @contextlib.contextmanager
     def _manager(self, read_only: bool = False) -> Iterator[Any]:
@@ -163,6 +174,14 @@ class Checkpoints:
             )
             with contextlib.closing(ocp.CheckpointManager(self.directory.absolute(), options=options)) as manager:
                 yield manager
+
+
+def _stored(state: TrainState) -> dict[str, Any]:
+    """The fields by name. What a state has nothing of is left out where once there was no such field."""
+    fields = {name: tree for name, tree in state._asdict().items() if name != "model_state" or tree}
+    later = ("control", "objective")
+    quantizers = {name: tree for name, tree in state.quantizers._asdict().items() if name not in later or tree}
+    return fields | {"quantizers": quantizers}
 
 
 @contextlib.contextmanager

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 # Keys that change how a run is carried out, recorded or placed, not what it computes.
-NOT_SEMANTIC = ("checkpoint.", "log.", "profile.", "mesh.", "data.data_dir", "data.download", "eval.health")
+NOT_SEMANTIC = (
+    *("checkpoint.", "log.", "profile.", "mesh."),
+    *("data.data_dir", "data.download", "eval.health", "eval.outliers"),
+)
 # Counted up when the same config comes to mean another computation.
 SCHEMA = 1
 
@@ -41,11 +44,14 @@ class TrainConfig:
       steps: optimizer updates.
       batch_size: windows of data.seq_len tokens in an update, over all devices and microbatches.
       accumulate: microbatches that an update is averaged over, one after the other; divides batch_size.
+      update: a regular expression of whole parameter paths, e.g. "layers/mlp/.*": only these are trained, and have
+        gradients and optimizer state; "": all.
     """
 
     steps: int = 1000
     batch_size: int = 16
     accumulate: int = 1
+    update: str = ""
 
     def __post_init__(self):
         _check(self.steps >= 1, "train.steps", "at least 1", self.steps)
@@ -61,15 +67,20 @@ class OptimizerConfig:
     Attributes:
       name: one of `training.optimizer.names()`.
       lr: the peak learning rate.
-      b1: decay of the first moment (adamw), momentum (sgd).
+      b1: decay of the first moment (adamw, sparse_adamw), momentum (sgd).
       b2: decay of the second moment.
       eps: added to its root.
       weight_decay: decoupled, times the learning rate; not for norms and biases.
+      schedule: of learning rate and weight decay, one of `training.schedules.names()`.
       warmup_fraction: of all steps, over which the learning rate rises from a hundredth.
       final_fraction: of the peak, to which it falls at the last step.
       clip: the largest global norm of the gradient; 0: no clipping.
       quant_lr: peak learning rate of learned quantizer parameters, relative to their size.
       quant_weight_decay: of learned quantizer parameters (PACT's clips, the bit widths of PQT).
+      masked_decay: of sparse_adamw: the strength that pulls weights outside of the 2:4 mask towards zero.
+      masked_decay_steps: over which it rises from 0.
+      freeze_oscillations: weights whose codes oscillate more often than this (a frequency, e.g. 0.02) are frozen for
+        the rest of the run; 0: none.
     """
 
     name: str = "adamw"
@@ -78,11 +89,15 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    schedule: str = "one_cycle"
     warmup_fraction: float = 0.1
     final_fraction: float = 0.1
     clip: float = 1.0
     quant_lr: float = 4e-3
     quant_weight_decay: float = 0.0
+    masked_decay: float = 6e-5
+    masked_decay_steps: int = 10_000
+    freeze_oscillations: float = 0.0
 
     def __post_init__(self):
         for name in ("lr", "quant_lr"):
@@ -91,11 +106,60 @@ class OptimizerConfig:
         for name in ("b1", "b2"):
             _check(0 <= getattr(self, name) < 1, f"optimizer.{name}", "from 0 to below 1", getattr(self, name))
         _check(self.eps > 0, "optimizer.eps", "above 0", self.eps)
-        for name in ("weight_decay", "quant_weight_decay"):
+        for name in ("weight_decay", "quant_weight_decay", "masked_decay"):
             _check(getattr(self, name) >= 0, f"optimizer.{name}", "at least 0", getattr(self, name))
         for name in ("warmup_fraction", "final_fraction"):
             _check(0 <= getattr(self, name) <= 1, f"optimizer.{name}", "from 0 to 1", getattr(self, name))
         _check(self.clip >= 0, "optimizer.clip", "at least 0 (0: none)", self.clip)
+        _check(self.masked_decay_steps >= 1, "optimizer.masked_decay_steps", "at least 1", self.masked_decay_steps)
+        limit = self.freeze_oscillations
+        _check(0 <= limit < 1, "optimizer.freeze_oscillations", "from 0 (none) to below 1", limit)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """How loss and gradient of a step come about; a key that the chosen one does not use keeps its default.
+
+    Attributes:
+      name: "": the task's own loss; else one of `training.objective_choice.names()`.
+      teacher: the directory of a run, whose newest checkpoint is read as `lowprec eval` does. (The hash of the config
+        sees the path as it is written here; which checkpoint it was, the run's checkpoints remember.)
+      alpha: of distillation: the share of the teacher's probabilities in the loss.
+      temperature: of distillation: of these probabilities.
+      top_k: of distillation: compare only the teacher's so many most likely outcomes; 0: all.
+      hidden: of distillation: the weight of the error of hidden states, layer by layer.
+      places: of teacher_intervention: modules whose outputs are at first the teacher's, "layers/\\d+/attention", or
+        attention weights, "layers/\\d+/attention/map". Its loss is that of distillation.
+      until: of teacher_intervention: the fraction of train.steps after which it ends.
+      fade: of teacher_intervention: the fraction of train.steps over which the teacher's share falls before that.
+      rho: of sam and gaqat: the length of the step by which weights are moved.
+      threshold: of gaqat: the disorder above which a learned scale is held for a window.
+      window: of gaqat, in steps.
+      widths: of widths: at which the weights of a nested recipe are read, e.g. "8,6,4,2"; the loss is the mean.
+    """
+
+    name: str = ""
+    teacher: str = ""
+    alpha: float = 0.5
+    temperature: float = 2.0
+    top_k: int = 0
+    hidden: float = 0.0
+    places: str = r"layers/\d+/attention"
+    until: float = 0.5
+    fade: float = 0.0
+    rho: float = 0.05
+    threshold: float = 0.3
+    window: int = 350
+    widths: str = "8,6,4,2"
+
+    def __post_init__(self):
+        for name in ("alpha", "until", "fade", "threshold"):
+            _check(0 <= getattr(self, name) <= 1, f"objective.{name}", "from 0 to 1", getattr(self, name))
+        _check(self.temperature > 0, "objective.temperature", "above 0", self.temperature)
+        _check(self.top_k >= 0, "objective.top_k", "at least 0 (0: all)", self.top_k)
+        for name in ("hidden", "rho"):
+            _check(getattr(self, name) >= 0, f"objective.{name}", "at least 0", getattr(self, name))
+        _check(self.window >= 1, "objective.window", "at least 1", self.window)
 
 
 @dataclass(frozen=True)
@@ -106,11 +170,13 @@ class EvalConfig:
       every: steps between evaluations; 0: only the last one.
       batches: of train.batch_size windows each, spread over the evaluation split, the same every time.
       health: whether the error of each quantized operand is measured too.
+      outliers: whether kurtosis, largest magnitudes and attention sinks are measured too.
     """
 
     every: int = 100
     batches: int = 8
     health: bool = True
+    outliers: bool = False
 
     def __post_init__(self):
         _check(self.every >= 0, "eval.every", "at least 0 (0: only after the last step)", self.every)
@@ -193,7 +259,8 @@ class RunConfig:
 
     Attributes:
       seed: of the initial values, the order of the data and all rounding noise, 0 … 2**32-1.
-      recipe: a name of `recipes.names()`, or a short form such as "fwd=int4@row wgrad=bf16".
+      recipe: a name of `recipes.names()`, a short form such as "fwd=int4@row wgrad=bf16", or several of them one after
+        the other, "bf16 then bitnet158 at 40%" (`recipes.parse_schedule`).
     """
 
     seed: int = 0
@@ -202,6 +269,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -212,7 +280,7 @@ class RunConfig:
         _check(0 <= self.seed < 2**32, "seed", "0 … 2**32-1", self.seed)
         _check(self.data.seq_len >= 1, "data.seq_len", "at least 1", self.data.seq_len)
         # Spellings of one recipe are one recipe: the hash must not see the difference.
-        object.__setattr__(self, "recipe", str(recipes.parse(self.recipe)))
+        object.__setattr__(self, "recipe", str(recipes.parse_schedule(self.recipe)))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested, as config.json holds it; `resolve` reads it back."""

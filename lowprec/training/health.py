@@ -14,18 +14,18 @@ import jax
 from lowprec.nn.linen import tap_statistics
 from lowprec.quantizers import OPERANDS, OperandStatistics
 from lowprec.training.step import mean_loss
-from lowprec.typing import Array, Int
+from lowprec.training.tasks import Task
 
 NUMBERS = ("sqnr_db", "cosine", "clipped", "underflowed", "amax")
 # Enough to read, little enough that a line of metrics.jsonl stays short.
 DIGITS = 5
 
 
-def make_tap_gradient(quantized) -> Callable:
-    """(variables, taps, tokens (B, T + 1), key) -> cotangents of the taps."""
+def make_tap_gradient(quantized, task: Task) -> Callable:
+    """(variables, taps, examples, key) -> cotangents of the taps."""
 
-    def tap_gradient(variables, taps, tokens: Int[Array, "B T"], key: jax.Array):
-        return jax.grad(lambda taps: mean_loss(quantized, variables | {"taps": taps}, tokens, key))(taps)
+    def tap_gradient(variables, taps, examples, key: jax.Array):
+        return jax.grad(lambda taps: mean_loss(quantized, variables | {"taps": taps}, examples, key, task))(taps)
 
     return tap_gradient
 
@@ -67,13 +67,19 @@ class Health:
 
         There low precision no longer pays; the backward products want bf16 (FP4 All the Way, arXiv 2505.19115, §4).
         """
-        ratios = [
+        return [where for ratio, where in sorted(self._gradients_to_noise()) if ratio < math.sqrt(3)]
+
+    def drowning(self) -> bool:
+        """Whether this is so of more than half of the gradients."""
+        return 2 * len(self.drowned()) > len(self._gradients_to_noise())
+
+    def _gradients_to_noise(self) -> list[tuple[float, str]]:
+        return [
             (each.gradient_to_noise, f"{path} {name}")
             for path, of_layer in self.layers.items()
             for name, each in of_layer.items()
             if name.endswith(".dy")
         ]
-        return [where for ratio, where in sorted(ratios) if ratio < math.sqrt(3)]
 
     def metrics(self) -> dict[str, Any]:
         """As they stand in a line of metrics.jsonl; what is infinite or undefined is null."""

@@ -7,7 +7,6 @@ from typing import IO, TYPE_CHECKING, Any
 import jax
 
 from lowprec.errors import UsageError
-from lowprec.models import count_parameters
 from lowprec.training.checkpoints import Checkpoints
 from lowprec.training.config import RunConfig, resolve
 from lowprec.training.loop import Training, new_progress
@@ -18,6 +17,7 @@ from lowprec.training.progress import Clock, Progress
 from lowprec.training.run_directory import RunDirectory, write_json
 from lowprec.training.stop import StopRequest
 from lowprec.training.summary import Status, summarize
+from lowprec.training.teachers import open_teacher
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -45,7 +45,7 @@ def train(
     finished = run.finished()
     if finished is not None:
         return finished
-    program = Program(config)
+    program = Program(config, teacher=open_teacher(config))
     with run.claimed(), StopRequest() as stop:
         training = _open(program, run, stop, stream)
         try:
@@ -62,7 +62,7 @@ def _open(program: Program, run: RunDirectory, stop: StopRequest, stream: IO[str
     """From the newest good checkpoint or the initial state. Writes once nothing can be refused any more."""
     config = program.config
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
-    restored = checkpoints.restore(program.abstract_state())
+    restored = checkpoints.restore(program.abstract_state_at)
     batches, progress, notes = program.batches(), new_progress(), []
     if restored is None:
         _refuse_lost_checkpoints(run)
@@ -73,12 +73,15 @@ def _open(program: Program, run: RunDirectory, stop: StopRequest, stream: IO[str
         checkpoints.set_aside(damaged)
         step, state, clock = checkpoint.step, checkpoint.state, Clock.restore(checkpoint.progress)
         progress |= {name: checkpoint.progress.get(name) for name in progress}
+        _refuse_another_teacher(program, progress["teacher"])
+        program.stage = progress["stage"] or 0
         notes += [f"checkpoint {path} cannot be read ({reason}); it was set aside" for path, reason in damaged]
         notes.append(f"going on from the checkpoint of step {step}")
+    progress["teacher"] = program.teacher and program.teacher.identity
     events = [TensorBoard(run.tensorboard, step)] if config.log.tensorboard else []
     write_json(run.config, config.to_dict())
     writer = Writers(JsonLines(run.metrics, step), *events)
-    display = Progress(config.train.steps, stream)
+    display = Progress(config.train.steps, stream, program.task.unit)
     for note in (*notes, _describe(program)):
         display.note(note)
     return Training(
@@ -106,12 +109,27 @@ def _write_summary(training: Training, run: RunDirectory, status: Status) -> dic
 def _describe(program: Program) -> str:
     """What is about to be trained, in one line."""
     config, mesh = program.config, program.mesh.shape
-    parameters = count_parameters(config.model, program.data.vocab_size)
+    parameters = program.counts
     return (
         f"{config.recipe} on {program.data.name}: {parameters.total:,} parameters "
         f"({parameters.non_embedding:,} without embeddings), {config.train.steps} steps of "
-        f"{program.tokens_per_step} tokens, {mesh['data']}×{mesh['fsdp']} {jax.devices()[0].device_kind}; compiling"
+        f"{program.tokens_per_step} {program.task.unit}s, {mesh['data']}×{mesh['fsdp']} "
+        f"{jax.devices()[0].device_kind}; compiling"
     )
+
+
+def _refuse_another_teacher(program: Program, before: str | None) -> None:
+    """A run that goes on learns from whom it learned.
+
+    Raises:
+      UsageError: (a ValueError) if the newest checkpoint of its teacher is another one now.
+    """
+    now = program.teacher and program.teacher.identity
+    if now != before:
+        raise UsageError(
+            f"objective.teacher is at {now} (config hash @ step), but the run has learned from {before}; nothing was "
+            "changed. Give it the teacher as it was, or train into another --workdir"
+        )
 
 
 def _refuse_lost_checkpoints(run: RunDirectory) -> None:

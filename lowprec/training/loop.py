@@ -15,12 +15,12 @@ import numpy as np
 
 from lowprec.data import TrainBatches
 from lowprec.training.checkpoints import Checkpoints
+from lowprec.training.evaluation import describe
 from lowprec.training.metrics import MetricsWriter
 from lowprec.training.profile import Profiler
 from lowprec.training.program import Program
 from lowprec.training.progress import Clock, Progress
 from lowprec.training.state import TrainState
-from lowprec.training.step import STEP_METRICS
 from lowprec.training.stop import StopRequest
 from lowprec.training.summary import Status
 
@@ -58,8 +58,8 @@ class Training:
     display: Progress
     profiler: Profiler
     stop: StopRequest
-    # (step, metrics) that have not been read back yet.
-    pending: tuple[int, jax.Array] | None = field(default=None, init=False)
+    # (step, its stage, metrics) that have not been read back yet.
+    pending: tuple[int, int, jax.Array] | None = field(default=None, init=False)
 
     def run(self) -> Status:
         """Trains to the end, to a stop or to divergence; `step` is then that of the last good step."""
@@ -85,13 +85,21 @@ class Training:
             if stopping:
                 self.display.note(f"{stopping}: stopped after step {self.step}; the same command goes on")
                 return "interrupted"
-            tokens = self.program.put(next(self.batches))
+            if self.program.next_start(self.progress["drowned"]) == self.step:
+                self._enter(self.program.stage + 1)
+            examples = self.program.put(next(self.batches))
             self.profiler.before_step(self.step, self.state)
-            self.state, metrics = self.program.train_step(self.state, tokens)
+            self.state, metrics = self.program.train_step(self.state, examples)
             self.step += 1
             if self.pending is not None:
                 self._log(self._read(*self.pending))
-            self.pending = (self.step, metrics)
+            self.pending = (self.step, self.program.stage, metrics)
+
+    def _enter(self, stage: int) -> None:
+        """A checkpoint of this step is of the stage before: resumed, the run enters the next one in the same way."""
+        self.state = self.program.enter(stage, self.state)
+        self.progress["stage"] = stage
+        self.display.note(f"after step {self.step}: {self.program.recipe}; compiling")
 
     def _settle(self, stopping: bool) -> None:
         """Evaluates and saves the state of this step, if it is time to."""
@@ -115,18 +123,20 @@ class Training:
             )
         self.clock.restart()
 
-    def _read(self, step: int, metrics: jax.Array) -> dict[str, Any]:
+    def _read(self, step: int, stage: int, metrics: jax.Array) -> dict[str, Any]:
         """Waits for the metrics of a step: a line for metrics.jsonl."""
-        measured = dict(zip(STEP_METRICS, np.asarray(metrics, np.float64).tolist(), strict=True))
+        stages = self.program.stages
+        measured = stages[stage].read_metrics(np.asarray(metrics, np.float64))
         rate = self.clock.step_done(self.program.tokens_per_step)
         line = {
             "step": step,
             "loss": measured["loss"],
-            "bits_per_byte": self.program.data.bits_per_byte(measured["loss"], split="train"),
+            **self.program.task.rates(self.program.data, measured.get("task_loss", measured["loss"]), split="train"),
             **{name: value for name, value in measured.items() if name != "loss"},
             "tokens": step * self.program.tokens_per_step,
             "tokens_per_second": round(rate, 1),
             "seconds": round(self.clock.seconds, 3),
+            **({"phase": stage} if len(stages) > 1 else {}),
         }
         for name in ("loss", "grad_norm"):
             if not math.isfinite(line[name]):
@@ -149,21 +159,22 @@ class Training:
         best = self.progress["best"]
         if best is None or evaluation["eval_loss"] < best["eval_loss"]:
             self.progress["best"] = {"step": self.step, "eval_loss": evaluation["eval_loss"]}
-        text = (
-            f"evaluation at step {self.step}: loss {evaluation['eval_loss']:.4f}, "
-            f"{evaluation['eval_bits_per_byte']:.4f} bits/byte "
-            f"({evaluation['eval_bits_per_byte_full_precision']:.4f} with the full-precision forward pass)"
-        )
+        text = f"evaluation at step {self.step}: loss {evaluation['eval_loss']:.4f}, {describe(evaluation)}"
         health: dict[str, Any] = {}
         if self.program.config.eval.health:
             measured = self.program.measure_health(self.state.variables)
             health = measured.metrics()
             self.progress["health"] = measured.summary()
+            if self.progress["drowned"] is None and measured.drowning():
+                self.progress["drowned"] = self.step
             worst = measured.worst()
             if worst:
                 text += f"; SQNR {health['sqnr_db']:.1f} dB, least {worst[2]:.1f} dB: {worst[1]} of {worst[0]}"
         self.display.note(text)
-        return evaluation | health
+        measured_outliers: dict[str, Any] = {}
+        if self.program.config.eval.outliers:
+            measured_outliers = self.program.measure_outliers(self.state.variables).metrics()
+        return evaluation | health | measured_outliers
 
     def close(self) -> None:
         self.profiler.close(self.state)
@@ -172,8 +183,10 @@ class Training:
 
 
 def new_progress() -> dict[str, Any]:
-    """Last training loss, last and best evaluation, last health, what diverged, sum of the state: all unknown yet."""
-    return dict.fromkeys(("train_loss", "evaluation", "best", "health", "diverged", "state_sha256"))
+    """Last training loss, last and best evaluation, last health, what diverged, sum of the state, stage, the step at
+    which gradients were found drowned, and who the teacher is: all unknown yet."""
+    names = ("train_loss", "evaluation", "best", "health", "diverged", "state_sha256", "stage", "drowned", "teacher")
+    return dict.fromkeys(names)
 
 
 def is_due(step: int, every: int) -> bool:

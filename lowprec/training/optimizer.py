@@ -2,22 +2,25 @@
 
 With AdamW (Loshchilov & Hutter, arXiv 1711.05101), g clipped to norm `clip`:
     m ← b1·m + (1 - b1)·g,  v ← b2·v + (1 - b2)·g²,  w ← w - lr(t)·(m̂ / (√v̂ + eps) + weight_decay·w)
-and with SGD  m ← b1·m + g,  w ← w - lr(t)·(m + weight_decay·w).  All of it in float32.
+and with SGD  m ← b1·m + g,  w ← w - lr(t)·(m + weight_decay·w).  sparse_adamw is `optim.sparse`: its masked decay lies
+inside the moments. All of it in float32; lr(t), and a weight decay that ends, in `training.schedules`.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lowprec.errors import unknown
+from lowprec.optim.named_rates import scale_by_name
+from lowprec.optim.oscillation import FreezeState, Grids, freeze_oscillations, oscillation_metrics
+from lowprec.optim.sparse import masked_decay, scale_by_sparse_adam
 from lowprec.training.config import OptimizerConfig
-
-# OneCycle's start in the set-up of QuEST and Quartet: a hundredth of the peak.
-START_FRACTION = 0.01
+from lowprec.training.schedules import learning_rate, weight_decay
 
 # Norm scales and biases have no direction that decay could keep small; in a stack of layers they have two axes, so
 # that the name decides and not the rank.
@@ -26,6 +29,9 @@ _NO_DECAY = re.compile(r"(.*/)?([^/]*norm[^/]*|scale|bias)(/.*)?")
 _RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
     "adamw": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps, mu_dtype=jnp.float32),
     "sgd": lambda c: optax.trace(c.b1, accumulator_dtype=jnp.float32),
+    "sparse_adamw": lambda c: scale_by_sparse_adam(
+        c.b1, c.b2, c.eps, decay=masked_decay(c.masked_decay_steps, c.masked_decay)
+    ),
 }
 
 
@@ -33,48 +39,70 @@ def names() -> tuple[str, ...]:
     return tuple(_RULES)
 
 
-def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def build_optimizer(config: OptimizerConfig, steps: int, grids: Grids | None = None) -> optax.GradientTransformation:
     """The optimizer of a run of so many steps.
 
+    Args:
+      grids: of the weights that are frozen when they oscillate (`freeze_oscillations`); None: none is.
     Raises:
       UsageError: (a ValueError) if it has no such name; it names the nearest.
     """
     if config.name not in _RULES:
         raise unknown("optimizer", config.name, _RULES)
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         _RULES[config.name](config),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.add_decayed_weights(weight_decay(config, steps), mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
+    return chain if grids is None else freeze_oscillations(chain, grids, threshold=config.freeze_oscillations)
 
 
-def build_quantizer_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def build_quantizer_optimizer(
+    config: OptimizerConfig, steps: int, rates: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
     """Of learned quantizer parameters: Adam, whose updates are in proportion to the root mean square of each parameter.
 
     Step sizes, clips and bit widths differ by orders of magnitude from each other and from weights; `quant_lr` is their
     relative change. Decay is that of `quant_weight_decay` alone.
+
+    Args:
+      rates: factors of the learning rate by the last name of a parameter's path.
     """
     return optax.chain(
         optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32),
         optax.scale_by_param_block_rms(),
+        *([scale_by_name(rates)] if rates else []),
         optax.add_decayed_weights(config.quant_weight_decay),
         optax.scale_by_learning_rate(learning_rate(replace(config, lr=config.quant_lr), steps)),
     )
 
 
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Update index (0 for the first) -> learning rate: half a cosine up, then half a cosine down (OneCycle)."""
-    rise = config.warmup_fraction * steps
-    fall = max(steps - 1 - rise, 1.0)
+def optimizer_measures(config: OptimizerConfig) -> tuple[tuple[str, Callable[[Any], jax.Array]], ...]:
+    """What the state of `build_optimizer` tells of a step: pairs (name in the log, function of that state).
 
-    def schedule(count):
-        count = jnp.asarray(count, jnp.float32)
-        up = _half_cosine(START_FRACTION, 1.0, count / rise) if rise else 1.0
-        down = _half_cosine(1.0, config.final_fraction, (count - rise) / fall)
-        return jnp.float32(config.lr) * jnp.where(count < rise, up, down)
+    flip_rate: of the sparse weights, those that entered or left the masks. Of the watched weights, oscillating_weights
+    and frozen_weights are shares.
+    """
+    found: dict[str, Callable[[Any], jax.Array]] = {}
+    if config.name == "sparse_adamw":
+        found["flip_rate"] = lambda state: optax.tree_utils.tree_get(state, "flip_rate")
+    if config.freeze_oscillations:
+        found["oscillating_weights"] = lambda state: oscillation_metrics(state)["oscillating"]
+        found["frozen_weights"] = lambda state: oscillation_metrics(state)["frozen"]
+    return tuple(found.items())
 
-    return schedule
+
+def reset_moments(optimizer: optax.GradientTransformation, opt_state: optax.OptState, params) -> optax.OptState:
+    """The state of `build_optimizer`'s chain without its moments; how far its schedules have come is kept."""
+    return _with_moments(opt_state, optimizer.init(params))
+
+
+def _with_moments(opt_state, fresh):
+    if isinstance(opt_state, FreezeState):
+        return opt_state._replace(inner=_with_moments(opt_state.inner, fresh.inner))
+    clip, _, *schedules = opt_state
+    return (clip, fresh[1], *schedules)
 
 
 def decay_mask(params):
@@ -85,7 +113,3 @@ def decay_mask(params):
 def path_name(path) -> str:
     """The names along a path of a tree, joined by slashes."""
     return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
-
-
-def _half_cosine(start, end, fraction):
-    return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(fraction, 0.0, 1.0)))

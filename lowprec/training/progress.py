@@ -10,6 +10,7 @@ from typing import IO, Any
 # Between two plain lines: often enough to see that it lives, seldom enough to read the log.
 PLAIN_SECONDS = 10.0
 BAR_SECONDS = 0.1
+SHORT = {"token": "tok", "image": "img"}
 MIN_BAR, MAX_BAR = 5, 30
 # Steps come in bursts, as they are read back late: their rate is that of several.
 RECENT_STEPS = 20
@@ -64,10 +65,11 @@ class Progress:
     Args:
       steps: of the whole run.
       stream: standard error when None.
+      unit: what "tokens" are, a `Task.unit`.
     """
 
-    def __init__(self, steps: int, stream: IO[str] | None = None):
-        self._steps = steps
+    def __init__(self, steps: int, stream: IO[str] | None = None, unit: str = "token"):
+        self._steps, self._unit = steps, SHORT[unit]
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty()
         self._first_done: tuple[int, float] | None = None
@@ -107,7 +109,7 @@ class Progress:
             if line.get(key) is not None:
                 parts[name] = f"{name} {line[key]:{fmt}}"
         if line.get("tokens_per_second"):
-            parts["rate"] = f"{_thousands(line['tokens_per_second'])} tok/s"
+            parts["rate"] = f"{_thousands(line['tokens_per_second'])} {self._unit}/s"
         parts["eta"] = f"eta {self._eta(step, now)}"
         return parts
 

@@ -1,16 +1,17 @@
-"""`lowprec eval`: a checkpoint of a run on held-out text, under its own recipe or another."""
+"""`lowprec eval`: a checkpoint of a run on held-out data, under its own recipe or another."""
 
 from dataclasses import replace
 from pathlib import Path
 
 from lowprec.errors import UsageError
 from lowprec.recipes import parse
-from lowprec.training.checkpoints import Checkpoints
-from lowprec.training.config import MeshConfig, RunConfig, resolve
+from lowprec.training.checkpoints import Checkpoint, Checkpoints, Damaged
+from lowprec.training.config import MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig, resolve
 from lowprec.training.evaluation import Evaluation
 from lowprec.training.health import Health
 from lowprec.training.program import Program
 from lowprec.training.run_directory import RunDirectory
+from lowprec.training.tasks import SCORES
 
 
 def evaluate_run(
@@ -21,34 +22,55 @@ def evaluate_run(
     Args:
       step: of the checkpoint; the newest good one when None.
       recipe: of the forward pass; the run's own when None.
-      batches: of held-out windows; as in the run's config when None.
+      batches: of held-out examples; as in the run's config when None.
     Returns:
       A text for people.
     Raises:
       UsageError: (a ValueError) no run or no checkpoint there, or it cannot be read.
     """
-    own = _config(workdir, batches)
-    program = Program(own)
-    run = RunDirectory(workdir)
-    restored = Checkpoints(run.checkpoints).restore(program.abstract_state(), step)
-    if restored is None:
-        raise UsageError(f"{workdir} has no checkpoint yet")
-    checkpoint, damaged = restored
+    program, checkpoint, damaged = open_run(workdir, step=step, batches=batches)
     variables = checkpoint.state.variables
-    if recipe is not None and str(parse(recipe)) != own.recipe:
-        program = Program(replace(own, recipe=recipe), program.data)
-        variables = program.initial_variables(checkpoint.state.params)
+    if recipe is not None and str(parse(recipe)) != program.config.recipe:
+        program = Program(_untrained(program.config, recipe), program.data)
+        variables = program.initial_variables(checkpoint.state.params, checkpoint.state.model_state)
     evaluation = program.evaluate(variables)
     health = program.measure_health(variables)
     lines = [
         *(f"checkpoint {path} cannot be read: {reason}" for path, reason in damaged),
-        f"{workdir}, step {checkpoint.step}, recipe {program.config.recipe}, "
-        f"{evaluation.tokens:,} tokens of {program.data.name}",
+        f"{workdir}, step {checkpoint.step}, recipe {program.recipe}, "
+        f"{evaluation.tokens:,} {program.task.unit}s of {program.data.name}",
         "",
         *_losses(evaluation, program),
         *_operands(health),
     ]
     return "\n".join(lines)
+
+
+def open_run(
+    workdir: Path, *, step: int | None = None, batches: int | None = None
+) -> tuple[Program, Checkpoint, list[Damaged]]:
+    """The program of a run on one device of this machine, a checkpoint, and the checkpoints that cannot be read, why.
+
+    Args and errors are those of `evaluate_run`.
+    """
+    program = Program(_config(workdir, batches))
+    restored = Checkpoints(RunDirectory(workdir).checkpoints).restore(program.abstract_state_at, step)
+    if restored is None:
+        raise UsageError(f"{workdir} has no checkpoint yet")
+    checkpoint, damaged = restored
+    program.stage = checkpoint.progress.get("stage") or 0
+    return program, checkpoint, damaged
+
+
+def _untrained(config: RunConfig, recipe: str) -> RunConfig:
+    """With another recipe, and without what of the training might not fit it."""
+    return replace(
+        config,
+        recipe=recipe,
+        objective=ObjectiveConfig(),
+        optimizer=OptimizerConfig(),
+        train=replace(config.train, update=""),
+    )
 
 
 def _config(workdir: Path, batches: int | None) -> RunConfig:
@@ -69,14 +91,14 @@ def _config(workdir: Path, batches: int | None) -> RunConfig:
 
 
 def _losses(evaluation: Evaluation, program: Program) -> list[str]:
-    lines = ["forward pass     nats/token  std. error  bits/byte"]
-    for name, value in (
-        ("quantized", evaluation.quantized),
-        ("full precision", evaluation.full_precision),
-        ("difference", evaluation.gap),
+    quantized, full_precision = evaluation.scores(program.data)
+    lines = [f"forward pass     nats/{program.task.unit}  std. error  {SCORES[program.task.score]:>9}"]
+    for name, value, score in (
+        ("quantized", evaluation.quantized, quantized),
+        ("full precision", evaluation.full_precision, full_precision),
+        ("difference", evaluation.gap, quantized - full_precision),
     ):
-        bits = program.data.bits_per_byte(value.loss, split="eval")
-        lines.append(f"{name:15}  {value.loss:10.4f}  {value.sem:10.4f}  {bits:9.4f}")
+        lines.append(f"{name:15}  {value.loss:10.4f}  {value.sem:10.4f}  {score:9.4f}")
     return lines
 
 

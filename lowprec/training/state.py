@@ -4,10 +4,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from lowprec.training.controllers import build_controller
 from lowprec.training.loss_scaling import LossScale
-from lowprec.typing import Array, Int
+from lowprec.typing import Array, Float, Int
+
+# The collection of what a model itself remembers: the running means and variances of its batch norms.
+MODEL_STATE = "batch_stats"
 
 
 class Quantizers(NamedTuple):
@@ -18,12 +23,16 @@ class Quantizers(NamedTuple):
       opt_state: of their optimizer.
       state: remembered from step to step ("quant").
       loss_scale: a `LossScale`.
+      control: the memory of the recipe's controller.
+      objective: the memory of the run's objective.
     """
 
     params: Any = ()
     opt_state: optax.OptState = ()
     state: Any = ()
     loss_scale: Any = ()
+    control: Any = ()
+    objective: Any = ()
 
 
 class TrainState(NamedTuple):
@@ -34,17 +43,24 @@ class TrainState(NamedTuple):
       params: the plain model's, in float32.
       opt_state: of the optimizer.
       quantizers: of the recipe.
+      model_state: the plain model's collection MODEL_STATE; empty for most.
     """
 
     step: jax.Array
     params: Any
     opt_state: optax.OptState
     quantizers: Quantizers = Quantizers()
+    model_state: Any = ()
 
     @property
     def variables(self) -> dict[str, Any]:
         """The collections that the quantized model is applied to."""
-        collections = {"params": self.params, "quant_params": self.quantizers.params, "quant": self.quantizers.state}
+        collections = {
+            "params": self.params,
+            "quant_params": self.quantizers.params,
+            "quant": self.quantizers.state,
+            MODEL_STATE: self.model_state,
+        }
         return {name: tree for name, tree in collections.items() if tree}
 
 
@@ -61,25 +77,60 @@ def run_keys(seed: int) -> Keys:
     return Keys(*(jax.random.fold_in(jax.random.key(seed), index) for index in range(len(Keys._fields))))
 
 
-def initial_state(model, optimizer: optax.GradientTransformation, key: jax.Array, seq_len: int) -> TrainState:
-    """Before the first step, without quantizers. `model` may be plain or quantized: the parameters are the same."""
-    params = model.init({"params": key, "quant": key}, jnp.zeros((1, seq_len), jnp.int32))["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def initial_state(
+    model,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    shape: int | tuple[int, ...],
+    dtype: Any = jnp.int32,
+) -> TrainState:
+    """Before the first step, without quantizers.
+
+    Args:
+      model: plain or quantized: the parameters are the same.
+      shape, dtype: of what the model reads of one example.
+    """
+    variables = _initial_variables(model, key, shape, dtype)
+    params = variables["params"]
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, optimizer.init(params), model_state=variables.get(MODEL_STATE, ())
+    )
+
+
+def initial_params(model, key: jax.Array, shape: int | tuple[int, ...], dtype: Any = jnp.int32) -> Any:
+    """Those of `initial_state`."""
+    return _initial_variables(model, key, shape, dtype)["params"]
+
+
+def _initial_variables(model, key, shape, dtype):
+    example = jnp.zeros((1, *np.atleast_1d(shape)), dtype)
+    return model.init({"params": key, "quant": key}, example)
 
 
 def initial_quantizers(
-    quantized, optimizer: optax.GradientTransformation, params, tokens: Int[Array, "B T"], key: jax.Array
+    quantized,
+    optimizer: optax.GradientTransformation,
+    params,
+    inputs: Int[Array, "B T"] | Float[Array, "B H W C"],
+    key: jax.Array,
+    model_state: Any = (),
 ) -> Quantizers:
-    """What the recipe of a quantized model adds, started from the parameters and a batch."""
+    """What the recipe of a quantized model adds, started from the model's variables and a batch."""
     recipe, made = quantized.recipe, {}
     if recipe.learns or recipe.remembers:
-        made = quantized.init_quantizers(params, tokens, rngs={"quant": key})
-    learned = made.get("quant_params", ())
+        made = quantized.init_quantizers(
+            params, inputs, rngs={"quant": key}, model_state={MODEL_STATE: model_state} if model_state else {}
+        )
+    learned, state, memory = made.get("quant_params", ()), made.get("quant", ()), ()
+    controller = build_controller(recipe)
+    if controller is not None:
+        memory, state = controller.init(params, state, key)
     return Quantizers(
         params=learned,
         opt_state=optimizer.init(learned) if learned else (),
-        state=made.get("quant", ()),
+        state=state,
         loss_scale=LossScale.start(recipe.loss_scaling) if recipe.loss_scaling else (),
+        control=memory,
     )
 
 
@@ -87,4 +138,5 @@ def parameter_bytes(state: TrainState) -> dict[str, int]:
     """Bytes of parameters and of optimizer state, from arrays or shapes."""
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     found = {"params": size(state.params), "optimizer": size(state.opt_state)}
-    return found | ({"quantizers": size(state.quantizers)} if jax.tree.leaves(state.quantizers) else {})
+    others = {"quantizers": state.quantizers, "model_state": state.model_state}
+    return found | {name: size(tree) for name, tree in others.items() if jax.tree.leaves(tree)}

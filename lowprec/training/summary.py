@@ -11,7 +11,6 @@ from typing import Any, Literal
 import jax
 
 import lowprec
-from lowprec.models import count_parameters, flops_per_token
 from lowprec.training.program import Program
 from lowprec.training.state import parameter_bytes
 
@@ -21,14 +20,14 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-
 
 
 def summarize(program: Program, status: Status, step: int, progress: dict[str, Any]) -> dict[str, Any]:
-    """The content of summary.json; losses are in nats per token.
+    """The content of summary.json; losses are in nats per token, or per image: the "unit" that "tokens" counts.
 
     Args:
       step: updates done; of a diverged run, the last good one.
       progress: as checkpoints hold it: clock, last losses, last evaluation, health.
     """
     config, data = program.config, program.data
-    counts = count_parameters(config.model, data.vocab_size)
+    counts = program.counts
     tokens = step * program.tokens_per_step
     evaluation = progress.get("evaluation") or {}
     best = progress.get("best") or {}
@@ -41,18 +40,19 @@ def summarize(program: Program, status: Status, step: int, progress: dict[str, A
         "step": step,
         "diverged": progress.get("diverged"),
         "steps": config.train.steps,
+        "unit": program.task.unit,
         "tokens": tokens,
         "final_loss": evaluation.get("eval_loss"),
         "best_loss": best.get("eval_loss"),
         "best_step": best.get("step"),
-        "bits_per_byte": evaluation.get("eval_bits_per_byte"),
+        program.task.score: evaluation.get(f"eval_{program.task.score}"),
         "train_loss": progress.get("train_loss"),
         "evaluation": evaluation,
         "health": progress.get("health") or {},
-        "entropy_per_byte": data.entropy_per_byte,
+        "entropy_per_byte": getattr(data, "entropy_per_byte", None),
         "parameters": counts.total,
         "parameters_non_embedding": counts.non_embedding,
-        "flops": flops_per_token(config.model, data.vocab_size, config.data.seq_len) * tokens,
+        "flops": program.flops_per_token * tokens,
         "seconds": progress.get("seconds"),
         "train_seconds": train_seconds,
         "tokens_per_second": progress["timed_tokens"] / train_seconds if train_seconds else None,

@@ -73,7 +73,7 @@ def test_other_noise_would_be_seen(tmp_path):
     norms = []
     for seed in (0, 1):
         program = Program(resolve(config), data=program.data)
-        program.keys = program.keys._replace(noise=jax.random.key(seed))
+        program.now.keys = program.keys._replace(noise=jax.random.key(seed))
         norms.append(
             float(program.train_step(program.initial_state(), jnp.asarray(batch))[1][STEP_METRICS.index("grad_norm")])
         )

@@ -45,8 +45,11 @@ def test_nested_and_dotted_keys_are_the_same():
 
 @pytest.mark.parametrize("key", [key for key, _ in RunConfig().semantic().items()])
 def test_every_semantic_key_changes_the_hash(key):
+    names = {"recipe": "fp8", "model.dtype": "bfloat16", "model.rotary_dtype": "bfloat16"}
+    names |= {"model.attention": "softpick", "model.gate": "linear", "model.documents": "anchor"}
+    names |= {"model.batch_norm": "folding"}
     changed = {
-        str: lambda value: {"recipe": "fp8", "model.dtype": "bfloat16"}.get(key, value + "x"),
+        str: lambda value: names.get(key, value + "x"),
         int: lambda value: value * 2 if value else 2,
         float: lambda value: value * 0.5 or 0.5,
         bool: lambda value: not value,
@@ -69,6 +72,7 @@ def test_every_semantic_key_changes_the_hash(key):
         ("data.data_dir", "/elsewhere"),
         ("data.download", True),
         ("eval.health", False),
+        ("eval.outliers", True),
     ],
 )
 def test_keys_of_recording_and_placing_do_not_change_the_hash(key, value):

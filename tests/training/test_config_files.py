@@ -12,21 +12,27 @@ from lowprec.models import ladder
 from lowprec.nn import linen
 from lowprec.training.config import default, resolve
 from lowprec.training.config_file import config_name, load_config
+from lowprec.training.tasks import task_of
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for path in (ROOT / "configs").rglob("*.py"))
-LADDER = [f"{ROOT}/configs/lm_ladder.py:{size}" for size in ladder.sizes()]
+ARGUMENTS = [*(f"{ROOT}/configs/lm_ladder.py:{size}" for size in ladder.sizes()), f"{ROOT}/configs/cifar.py:vit"]
+IMAGES = {"digits": (8, 8, 1), "cifar10": (32, 32, 3)}
 
 
-@pytest.mark.parametrize("file", [*map(str, FILES), *LADDER], ids=lambda file: file.removeprefix(f"{ROOT}/configs/"))
+@pytest.mark.parametrize("file", [*map(str, FILES), *ARGUMENTS], ids=lambda file: file.removeprefix(f"{ROOT}/configs/"))
 def test_every_config_file_gives_a_model_that_can_be_built(file):
     config = resolve(load_config(file))
-    vocab = 256 if config.data.tokenizer == "byte" else int(config.data.tokenizer.removeprefix("bpe"))
-    model = linen.quantize(models.build(config.model, vocab), recipes.parse(config.recipe))
-    tokens = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32)
-    variables = jax.eval_shape(lambda tokens: model.init(jax.random.key(0), tokens), tokens)
+    task = task_of(config.model)
+    if config.data.name in IMAGES:
+        outputs, inputs = 10, jax.ShapeDtypeStruct((1, *IMAGES[config.data.name]), jnp.float32)
+    else:
+        outputs = 256 if config.data.tokenizer == "byte" else int(config.data.tokenizer.removeprefix("bpe"))
+        inputs = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32)
+    model = linen.quantize(models.build(config.model, outputs), recipes.parse(config.recipe))
+    variables = jax.eval_shape(lambda inputs: model.init(jax.random.key(0), inputs), inputs)
     size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    assert size == models.count_parameters(config.model, vocab).total
+    assert size == task.counts(config.model, outputs, inputs).total
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

@@ -8,8 +8,10 @@ import pytest
 
 from lowprec import models
 from lowprec.errors import UsageError
+from lowprec.training import schedules
 from lowprec.training.config import OptimizerConfig
-from lowprec.training.optimizer import build_optimizer, decay_mask, learning_rate, names
+from lowprec.training.optimizer import build_optimizer, decay_mask, names, reset_moments
+from lowprec.training.schedules import learning_rate
 
 
 def rates(steps, **changes):
@@ -39,6 +41,56 @@ def test_the_learning_rate_is_one_cycle_of_torch():
 def test_the_learning_rate_of_short_runs_is_finite_and_at_most_the_peak(steps, warmup, final):
     rate = rates(steps, warmup_fraction=warmup, final_fraction=final)
     assert np.all(np.isfinite(rate)) and np.all(rate >= 0) and np.all(rate <= 1)
+
+
+def two_stage(steps, warmup, final, count):
+    """The closed form, of a peak of 1."""
+    rise = warmup * steps
+    if count < rise:
+        rate = 0.01 + 0.99 * count / rise
+    else:
+        rate = 1 - (1 - final) * (count - rise) / (steps - 1 - rise)
+    return rate if count < steps / 2 else rate * 2 / 3
+
+
+@pytest.mark.parametrize("name", ["bitnet", "trilm"])
+def test_the_second_stage_of_ternary_training_has_two_thirds_of_the_peak(name):
+    found = rates(100, schedule=name, warmup_fraction=0.1, final_fraction=0.0)
+    np.testing.assert_allclose(found, [two_stage(100, 0.1, 0.0, count) for count in range(100)], rtol=1e-5, atol=1e-7)
+    drops = -np.diff(found[10:])
+    assert np.argmax(drops) == 39 and np.sum(drops > 0.1) == 1  # from the 50th update to the 51st, and nowhere else
+
+
+@pytest.mark.parametrize(("name", "last"), [("one_cycle", 12), ("bitnet", 6), ("trilm", 8)])
+def test_weight_decay_ends_when_the_schedule_says(name, last):
+    """12 steps: until a half, until two thirds. Without gradients the weights move by lr · decay · w alone."""
+    config = OptimizerConfig(lr=0.5, weight_decay=0.1, schedule=name, warmup_fraction=0.0, final_fraction=1.0)
+    optimizer, weight = build_optimizer(config, 12), {"kernel": jnp.ones((2, 2))}
+    state = optimizer.init(weight)
+    for count in range(12):
+        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, weight), state, weight)
+        rate = 0.5 if name == "one_cycle" or count < 6 else 0.5 * 2 / 3
+        np.testing.assert_allclose(updates["kernel"], -rate * 0.1 if count < last else 0, rtol=1e-6)
+
+
+def test_an_unknown_schedule_names_the_nearest():
+    with pytest.raises(UsageError, match="unknown schedule of the learning rate 'bitnett'; did you mean bitnet"):
+        build_optimizer(OptimizerConfig(schedule="bitnett"), 10)
+
+
+@pytest.mark.parametrize("schedule", schedules.names())
+def test_a_reset_forgets_moments_and_keeps_the_place_in_the_schedule(schedule):
+    optimizer, weight = build_optimizer(OptimizerConfig(schedule=schedule, clip=0.0), 12), {"kernel": jnp.ones((2, 2))}
+    state = optimizer.init(weight)
+    for _ in range(7):
+        _, state = optimizer.update(weight, state, weight)
+    fresh = reset_moments(optimizer, state, weight)
+    updates, _ = optimizer.update(weight, fresh, weight)
+    config = OptimizerConfig(schedule=schedule)
+    decay = schedules.weight_decay(config, 12)
+    decay = float(decay(7)) if callable(decay) else decay
+    # Adam's first step is a step of the size of the learning rate: that of the eighth update.
+    np.testing.assert_allclose(updates["kernel"], -learning_rate(config, 12)(7) * (1 + decay), rtol=1e-5)
 
 
 def test_norms_alone_do_not_decay():
@@ -93,7 +145,9 @@ def test_moments_of_bfloat16_gradients_are_float32():
     for name in names():
         optimizer = build_optimizer(OptimizerConfig(name), 10)
         _, state = optimizer.update({"kernel": jnp.ones((4, 4), jnp.bfloat16)}, optimizer.init(weight), weight)
-        assert {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim} == {jnp.dtype("float32")}
+        # The masks of sparse_adamw are no moments.
+        moments = {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim and leaf.dtype != bool}
+        assert moments == {jnp.dtype("float32")}
 
 
 def test_an_unknown_optimizer_names_the_nearest():

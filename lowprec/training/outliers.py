@@ -1,0 +1,75 @@
+"""How extreme activations and attention weights of a model are, measured during training.
+
+The numbers are those of `nn.outliers`; they leave the model in a forward pass of their own at each evaluation, and
+nothing of it is in the training step.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from lowprec.nn.outliers import COLLECTION, ENTRY
+from lowprec.nn.stack import layer_paths
+from lowprec.training.tasks import Task
+
+# Enough to read, little enough that a line of metrics.jsonl stays short.
+DIGITS = 5
+
+
+def make_observation(quantized, task: Task) -> Callable:
+    """(variables, examples, key) -> what the modules of the model note of their activations."""
+
+    def observe(variables, examples, key: jax.Array) -> dict[str, Any]:
+        _, noted = quantized.apply(variables, task.inputs(examples), rngs={"quant": key}, mutable=[COLLECTION])
+        return noted.get(COLLECTION, {})
+
+    return observe
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """The numbers of one measurement: module path -> name -> value. Modules of different kinds have different names."""
+
+    layers: Mapping[str, Mapping[str, float]]
+
+    @classmethod
+    def from_observations(cls, noted: Mapping[str, Any]) -> "Outliers":
+        """From what `make_observation` gives; what else lies in that collection is left out."""
+        layers: dict[str, dict[str, float]] = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(noted):
+            *names, entry, number = [str(getattr(key, "key", key)) for key in path]
+            if entry == ENTRY:
+                for layer, value in layer_paths(names, jax.device_get(leaf), axes=0):
+                    layers.setdefault(layer, {})[number] = float(value)
+        return cls(layers)
+
+    def by_number(self) -> dict[str, list[float]]:
+        """The values of all layers, by name."""
+        values: dict[str, list[float]] = {}
+        for of_layer in self.layers.values():
+            for name, value in of_layer.items():
+                values.setdefault(name, []).append(value)
+        return values
+
+    def metrics(self) -> dict[str, Any]:
+        """As they stand in a line of metrics.jsonl; what is infinite or undefined is null."""
+        if not self.layers:
+            return {}
+        values = self.by_number()
+        return {
+            "outliers": {
+                "mean": {name: _short(sum(each) / len(each)) for name, each in values.items()},
+                "max": {name: _short(max(each)) for name, each in values.items()},
+                "layers": {
+                    path: {name: _short(value) for name, value in of_layer.items()}
+                    for path, of_layer in self.layers.items()
+                },
+            }
+        }
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None

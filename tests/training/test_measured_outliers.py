@@ -1,0 +1,46 @@
+"""Outliers at the evaluations of a run: in its metrics, and without a trace in what it trains."""
+
+import pytest
+
+from lowprec import training
+from lowprec.training.metrics import read_lines
+from lowprec.training.program import Program
+
+SOFTPICK = {"model.attention": "softpick", "recipe": "f32"}
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """(summary, lines) of a run that measures, or not."""
+
+    def make(measured: bool):
+        workdir = tmp_path_factory.mktemp("run")
+        changes = {"train.steps": 3, "eval.every": 2, "eval.outliers": measured}
+        summary = training.train(tiny({**SOFTPICK, **changes}), workdir)
+        return summary, read_lines(workdir / "metrics.jsonl")
+
+    return make
+
+
+def test_measuring_changes_nothing_else(run):
+    (with_them, lines), (without, plain_lines) = run(True), run(False)
+    assert with_them["state_sha256"] == without["state_sha256"]
+    assert with_them["config_hash"] == without["config_hash"]
+    assert [line["step"] for line in lines if "outliers" in line] == [2, 3]
+    assert not any("outliers" in line for line in plain_lines)
+    assert [line["eval_loss"] for line in lines[1:]] == [line["eval_loss"] for line in plain_lines[1:]]
+    found = lines[-1]["outliers"]
+    assert set(found["layers"]) == {"layers/0", "layers/0/attention"}
+    assert found["mean"]["residual_kurtosis"] == found["layers"]["layers/0"]["residual_kurtosis"]
+    assert 0 < found["mean"]["sparsity"] < 1  # softpick: negative scores have no weight
+
+
+def test_rows_that_fill_up_a_batch_are_not_measured(tiny):
+    program = Program(tiny({"recipe": "f32"}))
+    variables = program.initial_state().variables
+    batch = program.eval_batches[0]
+    batch["tokens"][1:], batch["weight"][1:] = 0, 0
+    found = program.measure_outliers(variables).layers
+    batch["tokens"][1:] = batch["tokens"][0]
+    batch["weight"][:] = 1
+    assert found == program.measure_outliers(variables).layers
