@@ -7,16 +7,14 @@ there is not repeated. Prints the table and the claims, and draws figure.png.
 """
 
 import argparse
-import json
-import math
-import multiprocessing
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.paired import SEEDS, Gap, numbers, train_missing, verdict
+
 HERE = Path(__file__).parent
-SEEDS = (0, 1, 2)
 CONFIG = {
     "data.seq_len": 64,
     "model.layers": 2,
@@ -94,24 +92,6 @@ def with_outliers(params, factor: float):
     return {**params, "layers": layers}
 
 
-@dataclass(frozen=True)
-class Gap:
-    """The loss of one variant minus that of another, over seeds: mean and standard error of the paired differences."""
-
-    mean: float
-    error: float
-
-    @classmethod
-    def between(cls, losses: dict, first: str, second: str) -> "Gap":
-        found = [losses[first][seed] - losses[second][seed] for seed in SEEDS]
-        mean = sum(found) / len(found)
-        variance = sum((each - mean) ** 2 for each in found) / (len(found) - 1)
-        return cls(mean, math.sqrt(variance / len(found)))
-
-    def __str__(self):
-        return f"{self.mean:+.4f} ± {self.error:.4f}"
-
-
 # (claim, the variant that should lose, the variant that should win)
 CLAIMS = (
     ("bf16 ≤ fp8", "fp8", "bf16"),
@@ -146,13 +126,6 @@ def report(losses: dict[str, dict[int, float]]) -> str:
     return f"{table}\n\n{markdown_table(('claim', 'difference', 'seen'), verdicts)}"
 
 
-def verdict(gap: Gap) -> str:
-    """Three seeds: two standard errors are the least that says anything."""
-    if abs(gap.mean) <= 2 * gap.error:
-        return "undecided"
-    return "yes" if gap.mean > 0 else "no, the reverse"
-
-
 def draw(losses: dict[str, dict[int, float]], path: Path) -> None:
     """Each variant's distance from bf16, a point a seed."""
     from lowprec.analysis.figures import new_figure, save_figure
@@ -171,28 +144,6 @@ def draw(losses: dict[str, dict[int, float]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def read(path: Path) -> dict[str, dict[int, float]]:
-    """label -> seed -> held-out loss."""
-    losses: dict[str, dict[int, float]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        found = json.loads(line)
-        losses.setdefault(found["variant"], {})[found["seed"]] = found["eval_loss"]
-    return losses
-
-
-def train(path: Path, jobs: int, say: Callable[[str], None] = print) -> None:
-    """Runs what is missing, a process each, and writes each result as it comes."""
-    done = read(path)
-    missing = [(label, seed) for seed in SEEDS for label in VARIANTS if seed not in done.get(label, {})]
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
-        waiting = [pool.apply_async(run, pair) for pair in missing]
-        for number, each in enumerate(waiting, 1):
-            result = each.get()
-            with path.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-            say(f"{number}/{len(missing)} {result['variant']}, seed {result['seed']}: {result['eval_loss']:.4f}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.recipes_tiny.study", description=__doc__.split("\n")[0]
@@ -201,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--figure", type=Path, default=HERE / "figure.png")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     arguments = parser.parse_args(argv)
-    train(arguments.results, arguments.jobs)
-    losses = read(arguments.results)
+    train_missing(arguments.results, run, VARIANTS, arguments.jobs)
+    losses = numbers(arguments.results)
     print(f"\n{report(losses)}")
     draw(losses, arguments.figure)
     print(f"\nfigure: {arguments.figure}")

@@ -1,0 +1,74 @@
+"""Paired runs: variants trained over seeds, each seed with the same initial values and data for all of them."""
+
+import json
+import math
+import multiprocessing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A number of one variant minus that of another, over seeds: mean and standard error of the paired differences."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def between(cls, numbers: dict[str, dict[int, float]], first: str, second: str) -> "Gap":
+        """Of label -> seed -> number."""
+        found = [numbers[first][seed] - numbers[second][seed] for seed in SEEDS]
+        mean = sum(found) / len(found)
+        variance = sum((each - mean) ** 2 for each in found) / (len(found) - 1)
+        return cls(mean, math.sqrt(variance / len(found)))
+
+    def __str__(self):
+        return f"{self.mean:+.4f} ± {self.error:.4f}"
+
+
+def verdict(gap: Gap) -> str:
+    """Of a claim that the difference is positive. Three seeds: two standard errors are the least that says anything."""
+    if abs(gap.mean) <= 2 * gap.error:
+        return "undecided"
+    return "yes" if gap.mean > 0 else "no, the reverse"
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a results.jsonl; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def numbers(path: Path, name: str = "eval_loss") -> dict[str, dict[int, float]]:
+    """label -> seed -> a number of the record, where it has it."""
+    found: dict[str, dict[int, float]] = {}
+    for record in records(path):
+        if name in record:
+            found.setdefault(record["variant"], {})[record["seed"]] = record[name]
+    return found
+
+
+def train_missing(
+    path: Path,
+    run: Callable[[str, int], dict],
+    labels: Iterable[str],
+    jobs: int,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Runs what a results.jsonl lacks, a process each, and writes each result as it comes.
+
+    Args:
+      run: (label, seed) -> the record, with "variant", "seed" and "eval_loss"; a function of a module.
+    """
+    done = {(record["variant"], record["seed"]) for record in records(path)}
+    missing = [(label, seed) for label in labels for seed in SEEDS if (label, seed) not in done]
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+        waiting = [pool.apply_async(run, pair) for pair in missing]
+        for number, each in enumerate(waiting, 1):
+            result = each.get()
+            with path.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            say(f"{number}/{len(missing)} {result['variant']}, seed {result['seed']}: {result['eval_loss']:.4f}")
