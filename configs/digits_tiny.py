@@ -1,6 +1,9 @@
 """ResNet-8 of width 16 on scikit-learn's 1797 handwritten digits of 8×8 pixels, 76k parameters.
 
 lowprec train --config=configs/digits_tiny.py --config.recipe=dfp16
+
+Seen on two cores, means of three seeds: f32 96.8 %, dfp16 97.2 %, int8_full 97.3 %, lsq_4 96.6 % of the held-out
+images in 10 to 60 seconds (experiments/digits_tiny).
 """
 
 from lowprec.training.config import default
