@@ -1,4 +1,4 @@
-"""Do a ResNet's convolutions train in integers as they do in float32? Three seeds, the same initial values and data.
+"""Do a ResNet's convolutions train in integers as they do in float32? Five seeds, the same initial values and data.
 
     python -m experiments.digits_tiny.study
 
@@ -19,7 +19,7 @@ from statistics import fmean, stdev
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs/digits_tiny.py"
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
