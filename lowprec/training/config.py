@@ -42,7 +42,7 @@ class TrainConfig:
 
     Attributes:
       steps: optimizer updates.
-      batch_size: windows of data.seq_len tokens in an update, over all devices and microbatches.
+      batch_size: windows of data.seq_len tokens, or images, in an update, over all devices and microbatches.
       accumulate: microbatches that an update is averaged over, one after the other; divides batch_size.
       update: a regular expression of whole parameter paths, e.g. "layers/mlp/.*": only these are trained, and have
         gradients and optimizer state; "": all.
@@ -164,11 +164,11 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation on held-out text; always also after the last step.
+    """Evaluation on held-out examples; always also after the last step.
 
     Attributes:
       every: steps between evaluations; 0: only the last one.
-      batches: of train.batch_size windows each, spread over the evaluation split, the same every time.
+      batches: of train.batch_size examples each, spread over the evaluation split, the same every time.
       health: whether the error of each quantized operand is measured too.
       outliers: whether kurtosis, largest magnitudes and attention sinks are measured too.
     """

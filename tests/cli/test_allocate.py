@@ -38,6 +38,7 @@ def test_the_sizes_are_within_the_budget_and_between_the_extremes(text):
     assert low < chosen <= 7
 
 
+@pytest.mark.slow
 def test_a_run_trains_with_the_recipe_that_was_found(text, trained, tmp_path):
     recipe = text.splitlines()[-1]
     config = json.loads((trained / "int4/config.json").read_text())
@@ -47,6 +48,7 @@ def test_a_run_trains_with_the_recipe_that_was_found(text, trained, tmp_path):
     assert json.loads((tmp_path / "run/config.json").read_text())["recipe"] == recipe
 
 
+@pytest.mark.slow
 def test_the_command(lowprec, trained):
     status, output, _ = lowprec(
         "allocate", trained / "bf16", "--formats=int4@row,nvfp4", "--bits=6", "--measure=fisher", "--solver=greedy",

@@ -95,6 +95,7 @@ def loss_and_gradient(model, params):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     params = parameters()
     for recipe in ("f32", "nvfp4"):

@@ -210,7 +210,7 @@ def check(losses, plain):
 FIRST = {"linen": "Conv_0", "nnx": "conv1"}
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", pytest.param("fp8_delayed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recipe", [pytest.param("nvfp4", marks=pytest.mark.slow), "fp8_delayed"])
 def test_a_convolutional_net_in_linen(recipe):
     model = LinenCNN()
     plain = model.apply(model.init(jax.random.key(0), IMAGES), IMAGES)
@@ -235,7 +235,7 @@ def test_a_transformer_in_nnx(recipe):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["nvfp4", pytest.param("int8", marks=pytest.mark.slow), pytest.param("quest_4", marks=pytest.mark.slow)]
+    "recipe", ["int8", pytest.param("nvfp4", marks=pytest.mark.slow), pytest.param("quest_4", marks=pytest.mark.slow)]
 )
 def test_a_language_model_in_the_style_of_a_hub(recipe):
     model = FlaxLMHeadModel()

@@ -107,6 +107,7 @@ def test_what_is_kept_in_8_bits_gives_nearly_the_plain_gradient(recipe, plain):
     assert 1e-5 < distance(found, plain[1]) < 0.05  # e4m3 has a relative step of 1/16
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_have_the_same_gradient_and_the_noise_is_a_function_of_the_key():
     model = linen.quantize(MODEL, "mesa")
     remat = linen.quantize(models.build(replace(CONFIG, remat=True), 64), "mesa")
@@ -204,6 +205,7 @@ def temporary_bytes(recipe):
     return jax.jit(jax.grad(loss)).lower(params, variables).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_the_compiled_gradient_of_a_llama_takes_fewer_bytes():
     """Measured by benchmarks.saved_activations in general; here that each place saves, and all of them most."""
     plain = temporary_bytes("f32")

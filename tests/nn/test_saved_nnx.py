@@ -172,6 +172,7 @@ def test_running_ranges_are_those_of_the_linen_model(plain):
     assert distance(flat(nnx_step(model)[1]), flat(gradients)) > 1e-4
 
 
+@pytest.mark.slow
 def test_coat_gives_the_gradient_of_the_linen_model(plain):
     expected = linen_step(recipes.get("coat"))[1]
     assert distance(expected, plain[1]) > 0.1
@@ -189,6 +190,7 @@ def test_mesa_draws_nothing_in_evaluation(plain):
     jax.tree.map(np.testing.assert_array_equal, counts(), before)
 
 
+@pytest.mark.slow
 def test_codes_are_kept_of_products():
     fp8 = Quantizer("e4m3fn@tensor")
     gemm = lambda **saved: GemmRule(fwd=(fp8, fp8), dgrad=(fp8, REUSE), wgrad=(REUSE, REUSE), **saved)

@@ -261,6 +261,7 @@ def gradient_errors(name):
     return reference, errors, linen.tap_statistics(cotangents)
 
 
+@pytest.mark.slow
 def test_eight_bits_without_scales_suffice_a_unit_scaled_model():
     """Gradients of parameters deviate by 0.15 to 1.6 and err by 13 % at most (5 % to 6 % an e5m2 rounding, over two
     layers); no value clips, and at most 0.6 % of an operand underflow, in the products of the gates.

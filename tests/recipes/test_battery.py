@@ -31,7 +31,7 @@ SIBLINGS = {
 }
 EVERY = [pytest.param(name, marks=pytest.mark.slow if name in SIBLINGS else ()) for name in recipes.names()]
 # One of each kind: noise, rotations, reuse, state, parameters, saved inputs, nothing at all.
-KINDS = {"f32", "fp8_delayed", "nvfp4", "quartet2", "quest_4", "bitnet158", "lsq_4", "int8_qat", "pqt", "mesa", "halo2"}
+KINDS = {"f32", "fp8_delayed", "nvfp4", "quest_4", "bitnet158", "lsq_4", "int8_qat", "pqt", "mesa", "halo2"}
 SCANS = [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in recipes.names()]
 
 

@@ -22,6 +22,7 @@ def run(tiny, tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing_else(run):
     (with_them, lines), (without, plain_lines) = run(True), run(False)
     assert with_them["state_sha256"] == without["state_sha256"]

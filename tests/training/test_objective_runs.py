@@ -56,6 +56,7 @@ def distilled(run, teacher):
     return changes, *run(changes)
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_another_and_tells_the_parts_of_its_loss(distilled):
     _, lines, _ = distilled
     for line in lines:
@@ -66,6 +67,7 @@ def test_a_run_learns_from_another_and_tells_the_parts_of_its_loss(distilled):
         assert line["bits_per_byte"] == pytest.approx(line["task_loss"] / np.log(2), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_no_teacher_and_are_read_without_one(distilled, teacher, tmp_path):
     shutil.move(teacher, tmp_path / "moved")
     try:
@@ -76,6 +78,7 @@ def test_checkpoints_hold_no_teacher_and_are_read_without_one(distilled, teacher
     assert checkpoint.progress["teacher"].endswith("@2")
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_teacher(distilled, teacher, tiny, tmp_path):
     changes, _, workdir = distilled
     shutil.copytree(workdir, tmp_path / "run")
@@ -89,6 +92,7 @@ def test_a_run_does_not_go_on_with_another_teacher(distilled, teacher, tiny, tmp
         (teacher / "config.json").write_text(stored)
 
 
+@pytest.mark.slow
 def test_the_teacher_stands_in_for_the_first_half(run, teacher):
     lines, _ = run(
         {"recipe": "fwd=int4@row", "objective.name": "teacher_intervention", "objective.teacher": str(teacher)}
@@ -96,6 +100,7 @@ def test_the_teacher_stands_in_for_the_first_half(run, teacher):
     assert [line["teacher_share"] for line in lines] == [1, 1, 0, 0]
 
 
+@pytest.mark.slow
 def test_sharpness_is_measured_and_its_memory_survives_a_kill(run, tiny):
     """As if killed after the checkpoint of step 2, in the middle of a window of three."""
     changes = {"recipe": "lsq_4", "objective.name": "gaqat", "objective.threshold": 0.0, "objective.window": 3}
@@ -110,6 +115,7 @@ def test_sharpness_is_measured_and_its_memory_survives_a_kill(run, tiny):
     assert untimed(read_lines(workdir / "metrics.jsonl")) == untimed(lines)
 
 
+@pytest.mark.slow
 def test_widths_share_one_model_and_each_has_its_loss(run):
     lines, workdir = run({"recipe": "nested_8", "objective.name": "widths", "objective.widths": "8,2"})
     for line in lines:
@@ -120,6 +126,7 @@ def test_widths_share_one_model_and_each_has_its_loss(run):
     assert read_at(recipes.get("nested_8"), 4).rules == recipes.get("nested_4").rules
 
 
+@pytest.mark.slow
 def test_sparse_adam_moves_its_masks_and_sharpness_needs_no_scales(run):
     changes = {"recipe": "ast_2_4", "optimizer.name": "sparse_adamw", "objective.name": "sam", "optimizer.lr": 0.05}
     lines, _ = run({**changes, "optimizer.masked_decay": 0.01, "optimizer.masked_decay_steps": 1})
@@ -128,6 +135,7 @@ def test_sparse_adam_moves_its_masks_and_sharpness_needs_no_scales(run):
     assert lines[0]["flip_rate"] == 0 and lines[-1]["flip_rate"] > 0
 
 
+@pytest.mark.slow
 def test_weights_that_oscillate_are_frozen_on_their_grid(run):
     """Momentum 0.01: a single oscillation is a frequency of 0.01."""
     changes = {"recipe": "fwd=int4@row", "optimizer.freeze_oscillations": 0.005, "optimizer.lr": 0.3}
@@ -164,6 +172,7 @@ def test_the_steps_of_narrow_widths_learn_more_slowly():
     assert rates["step_2"] == pytest.approx(1e-3)
 
 
+@pytest.mark.slow
 def test_a_bridge_is_halved_where_its_phase_ends(tiny):
     """At a phase's end the factor is turned to singular vectors: its columns are orthogonal then, and not before."""
     program = Program(tiny({"recipe": "f32"}))

@@ -42,7 +42,13 @@ def assert_equal(first, second):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-@pytest.mark.parametrize(("before", "dtype"), [("bf16", "float32"), ("bf16", "bfloat16"), ("f32", "float32")])
+FIRST_STEPS = [
+    ("bf16", "bfloat16"),
+    *(pytest.param(before, "float32", marks=pytest.mark.slow) for before in ("bf16", "f32")),
+]
+
+
+@pytest.mark.parametrize(("before", "dtype"), FIRST_STEPS)
 def test_the_first_step_of_a_ramp_is_that_of_the_recipe_before(tiny, before, dtype):
     ramp = Program(tiny({"recipe": f"{before} then bitnet158 at 2 over 4", "model.dtype": dtype}))
     plain = Program(tiny({"recipe": before, "model.dtype": dtype}), ramp.data)
@@ -54,6 +60,7 @@ def test_the_first_step_of_a_ramp_is_that_of_the_recipe_before(tiny, before, dty
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), *fourth)))
 
 
+@pytest.mark.slow
 def test_the_last_step_of_a_ramp_would_be_that_of_the_recipe_after(tiny):
     """With λ = 1, but for the order of sums in the derivative of BitNet's norm."""
     ramp = Program(tiny({"recipe": "f32 then bitnet158 at 2 over 4"}))
@@ -123,6 +130,7 @@ def assert_resumes(config, tmp_path, steps):
 EVERY_STEP = {"checkpoint.every": 1, "checkpoint.keep": 20, "train.steps": 9}
 
 
+@pytest.mark.slow
 def test_a_run_resumed_before_at_and_after_each_switch_is_the_same(tiny, tmp_path):
     config = tiny({"recipe": RAMP, **EVERY_STEP})
     lines = assert_resumes(config, tmp_path, (3, 4, 5, 7))
@@ -134,6 +142,7 @@ def test_a_run_resumed_before_at_and_after_each_switch_is_the_same(tiny, tmp_pat
     assert "recipe nvfp4," in evaluate_run(tmp_path / "run", recipe="nvfp4")
 
 
+@pytest.mark.slow
 def test_a_triggered_switch(tiny, tmp_path, monkeypatch):
     """Gradients drown from the second evaluation on, after 4 steps: the fifth is that of the next stage."""
     measured = []
@@ -189,6 +198,7 @@ def test_kept_layers_are_those_of_the_model(tiny):
     assert quantized == {"1"}
 
 
+@pytest.mark.slow
 def test_adapt_decides_and_resumes(tiny, tmp_path):
     """The window is 50 steps: the formats of step 51 are others than those of step 50."""
     changes = {"recipe": "adapt", "train.steps": 54, "checkpoint.every": 7, "checkpoint.keep": 9, "eval.every": 0}
@@ -201,6 +211,7 @@ def test_adapt_decides_and_resumes(tiny, tmp_path):
     assert all(2 <= value < 16 for line in bits[50:] for value in line.values())
 
 
+@pytest.mark.slow
 def test_fliqs_draws_and_resumes(tiny, tmp_path):
     changes = {"recipe": "fliqs_6", **EVERY_STEP, "train.steps": 6}
     lines = assert_resumes(tiny(changes), tmp_path, (3,))
@@ -210,6 +221,7 @@ def test_fliqs_draws_and_resumes(tiny, tmp_path):
     assert {"format_reward", "format_cost"} <= set(lines[0])
 
 
+@pytest.mark.slow
 def test_formats_that_change_do_not_recompile(tiny):
     program = Program(tiny({"recipe": "fliqs_6"}))
     steps_of(program, program.initial_state(), 4, program.batches())

@@ -176,6 +176,7 @@ def test_a_run_that_was_killed_goes_on_bitwise(runs):
     assert numbers("killed") == numbers("whole")
 
 
+@pytest.mark.slow
 def test_eval_and_report_know_accuracies(runs, tmp_path):
     summary = json.loads((runs / "whole/summary.json").read_text())
     text = evaluate_run(runs / "whole")
