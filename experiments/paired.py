@@ -1,14 +1,31 @@
 """Paired runs: variants trained over seeds, each seed with the same initial values and data for all of them."""
 
+import argparse
 import json
 import math
 import multiprocessing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 SEEDS = (0, 1, 2)
+
+
+def command_line(study: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a study, a folder of experiments: where its results and its figure are, and how much runs at once.
+
+    Args:
+      description: the docstring of the study, of which the first line is shown.
+    """
+    here = Path(__file__).parent / study
+    parser = argparse.ArgumentParser(
+        prog=f"python -m experiments.{study}.study", description=description.split("\n")[0]
+    )
+    parser.add_argument("--results", type=Path, default=here / "results.jsonl", help="read, and added to")
+    parser.add_argument("--figure", type=Path, default=here / "figure.png")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    return parser.parse_args(argv)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+from experiments.paired import records
+
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs/digits_tiny.py"
 SEEDS = (0, 1, 2, 3, 4)
@@ -82,8 +84,7 @@ def report(found: dict[str, dict[int, dict]]) -> str:
 def read(path: Path) -> dict[str, dict[int, dict]]:
     """label -> seed -> result."""
     found: dict[str, dict[int, dict]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        result = json.loads(line)
+    for result in records(path):
         found.setdefault(result["variant"], {})[result["seed"]] = result
     return found
 

@@ -6,17 +6,15 @@ Trains a tiny Llama by every variant below; results are added to results.jsonl a
 repeated. Prints the tables and the claims, and draws figure.png.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.paired import SEEDS, Gap, numbers, train_missing, verdict
+from experiments.paired import SEEDS, Gap, command_line, numbers, train_missing, verdict
 from lowprec import recipes
 from lowprec.recipes import FormatSearch, Recipe
 
-HERE = Path(__file__).parent
 STEPS, SWITCH, RAMP = 150, 60, 15
 CONFIG = {
     "data.seq_len": 64,
@@ -171,13 +169,7 @@ def _minus(first: Sequence[float], second: Sequence[float]) -> list[float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.dynamics_tiny.study", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl", help="read, and added to")
-    parser.add_argument("--figure", type=Path, default=HERE / "figure.png")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    arguments = parser.parse_args(argv)
+    arguments = command_line("dynamics_tiny", __doc__, argv)
     train_missing(arguments.results, run, VARIANTS, arguments.jobs)
     print(f"\n{report(arguments.results)}")
     draw(arguments.results, arguments.figure)

@@ -6,15 +6,13 @@ Trains configs/lm_tiny.py, shortened, by every variant below; results are added 
 there is not repeated. Prints the table and the claims, and draws figure.png.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.paired import SEEDS, Gap, numbers, train_missing, verdict
+from experiments.paired import SEEDS, Gap, command_line, numbers, train_missing, verdict
 
-HERE = Path(__file__).parent
 CONFIG = {
     "data.seq_len": 64,
     "model.layers": 2,
@@ -145,13 +143,7 @@ def draw(losses: dict[str, dict[int, float]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.recipes_tiny.study", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl", help="read, and added to")
-    parser.add_argument("--figure", type=Path, default=HERE / "figure.png")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    arguments = parser.parse_args(argv)
+    arguments = command_line("recipes_tiny", __doc__, argv)
     train_missing(arguments.results, run, VARIANTS, arguments.jobs)
     losses = numbers(arguments.results)
     print(f"\n{report(losses)}")

@@ -9,6 +9,7 @@ import numpy as np
 from lowprec.data.catalog import TEXT_SETS, open_offline
 from lowprec.data.config import DataConfig, data_root
 from lowprec.data.quiet import quiet
+from lowprec.data.source import only_tensorflow_reads
 from lowprec.errors import UsageError
 
 IMAGE_SETS = ("digits",)
@@ -120,10 +121,7 @@ def _read(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
         with quiet():
             examples = list(builder.as_data_source(split=split))
     except NotImplementedError as error:
-        raise UsageError(
-            f"{builder.info.full_name} in {builder.data_path} is stored as {builder.info.file_format}, "
-            "which only tensorflow reads; prepare it again with file_format='array_record'"
-        ) from error
+        raise only_tensorflow_reads(builder) from error
     except (ValueError, KeyError, AssertionError) as error:
         found = ", ".join(builder.info.splits)
         raise UsageError(

@@ -14,6 +14,14 @@ from lowprec.errors import UsageError, unknown
 RECORDS_AT_ONCE = 256
 
 
+def only_tensorflow_reads(builder: Any) -> UsageError:
+    """Of a set prepared in another format than array_record."""
+    return UsageError(
+        f"{builder.info.full_name} in {builder.data_path} is stored as {builder.info.file_format}, "
+        "which only tensorflow reads; prepare it again with file_format='array_record'"
+    )
+
+
 @dataclass(frozen=True)
 class TextSource:
     """A prepared set.
@@ -78,10 +86,7 @@ class TextSource:
             with quiet():
                 return self.builder.as_data_source(split=split)
         except NotImplementedError as error:
-            raise UsageError(
-                f"{self.name} in {self.builder.data_path} is stored as {self.builder.info.file_format}, "
-                "which only tensorflow reads; prepare it again with file_format='array_record'"
-            ) from error
+            raise only_tensorflow_reads(self.builder) from error
         except Exception as error:
             raise UnreadableSet(
                 f"the prepared set {self.name} in {self.builder.data_path} can't be opened: {error}; "

@@ -85,10 +85,12 @@ def quantize[M: nnx.Module](
             f"recipe {lookup.recipe.name!r} rounds or rotates at random, e.g. in layer {random[0]!r}: pass "
             "rngs=nnx.Rngs(quant=seed)"
         )
-    leads = [stacked_axes(path, layer) for path, layer, _ in (*planned, *kept)]
-    for (path, layer, rules), lead in zip(planned, leads, strict=False):
+    # All axes are looked at before anything is changed: a stack that is refused stays as it was.
+    products = [(path, layer, rules, stacked_axes(path, layer)) for path, layer, rules in planned]
+    saved = [(path, layer, policy, stacked_axes(path, layer)) for path, layer, policy in kept]
+    for path, layer, rules, lead in products:
         install(path, layer, rules, lead, rngs, backend)
-    for (path, layer, policy), lead in zip(kept, leads[len(planned) :], strict=True):
+    for path, layer, policy, lead in saved:
         install_saved(path, layer, policy, lead, rngs)
     return module if example is None else initialize(module, *example)
 

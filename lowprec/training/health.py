@@ -13,12 +13,11 @@ import jax
 
 from lowprec.nn.linen import tap_statistics
 from lowprec.quantizers import OPERANDS, OperandStatistics
+from lowprec.training.metrics import short
 from lowprec.training.step import mean_loss
 from lowprec.training.tasks import Task
 
 NUMBERS = ("sqnr_db", "cosine", "clipped", "underflowed", "amax")
-# Enough to read, little enough that a line of metrics.jsonl stays short.
-DIGITS = 5
 
 
 def make_tap_gradient(quantized, task: Task) -> Callable:
@@ -103,23 +102,19 @@ class Health:
             **self.overall(),
             "by_operand": self.by_operand(),
             "drowned": self.drowned(),
-            "worst": None if worst is None else {"layer": worst[0], "operand": worst[1], "sqnr_db": _short(worst[2])},
+            "worst": None if worst is None else {"layer": worst[0], "operand": worst[1], "sqnr_db": short(worst[2])},
         }
 
 
 def _numbers(statistics: OperandStatistics) -> dict[str, float | None]:
-    return {name: _short(getattr(statistics, name)) for name in NUMBERS}
+    return {name: short(getattr(statistics, name)) for name in NUMBERS}
 
 
 def _summary(statistics: Iterable[OperandStatistics]) -> dict[str, float | None]:
     columns = {name: [getattr(each, name) for each in statistics] for name in NUMBERS}
-    return {name: _short((max if name == "amax" else _mean)(column)) for name, column in columns.items() if column}
+    return {name: short((max if name == "amax" else _mean)(column)) for name, column in columns.items() if column}
 
 
 def _mean(values: Iterable[float]) -> float:
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
-
-
-def _short(value: float) -> float | None:
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None

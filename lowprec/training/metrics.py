@@ -1,6 +1,7 @@
 """metrics.jsonl: one object a line, one line a step, and never a step twice; TensorBoard events on request."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,13 @@ from lowprec.training.run_directory import finite_or_null
 
 # Clock readings: all else is the same in a run that was resumed.
 TIMINGS = ("tokens_per_second", "seconds")
+# Enough to read, little enough that a line with numbers of every layer stays short.
+DIGITS = 5
+
+
+def short(value: float) -> float | None:
+    """A measurement to `DIGITS` digits; null where it is infinite or undefined."""
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
 class MetricsWriter(Protocol):

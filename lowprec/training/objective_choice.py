@@ -123,13 +123,13 @@ def read_at(recipe: Recipe, width: int) -> Recipe:
         found = True
         return replace(rule, gemm=replace(rule.gemm, fwd=(x, replace(w, scale=replace(w.scale, width=width)))))
 
-    rules = tuple(reread(rule) for rule in recipe.rules)  # type: ignore[arg-type]
+    rules: tuple[Any, ...] = tuple(recipe.rules)
     if not found:
         raise UsageError(
             f"objective 'widths' reads the weights of one recipe at several widths; those of recipe {recipe} have "
             "one: take nested_8"
         )
-    return replace(recipe, name=f"{recipe.name} read at {width}", rules=rules)
+    return replace(recipe, name=f"{recipe.name} read at {width}", rules=tuple(reread(rule) for rule in rules))
 
 
 def _widths(text: str) -> tuple[int, ...]:

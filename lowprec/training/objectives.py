@@ -4,6 +4,7 @@ An objective is a static value. What it remembers from step to step is a pytree,
 changes, a teacher's variables, are its constants: an argument of the compiled step, so that they are no part of it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ class Gradient(NamedTuple):
     metrics: dict[str, Float[Array, ""]]
 
 
-class Objective:
+class Objective(ABC):
     """What every objective does unless it says otherwise: one gradient a step, no memory, nothing held."""
 
     @property
@@ -72,6 +73,7 @@ class Objective:
         """The memory before the first step, given the quantizers' learned parameters."""
         return ()
 
+    @abstractmethod
     def loss(
         self, model: Any, variables: Mapping[str, Any], examples: Any, key: jax.Array, memory: Any, constants: Any
     ) -> tuple[Float[Array, ""], Observed]:
@@ -85,7 +87,6 @@ class Objective:
           memory: as it was before the step.
           constants: what the objective reads, e.g. a teacher's variables.
         """
-        raise NotImplementedError
 
     def gradient(self, gradient_of: GradientOf, trained: Any, memory: Any) -> Gradient:
         """Of a step, from the mean gradient of `loss` over its microbatches."""

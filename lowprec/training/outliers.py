@@ -4,7 +4,6 @@ The numbers are those of `nn.outliers`; they leave the model in a forward pass o
 nothing of it is in the training step.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,8 @@ import jax
 
 from lowprec.nn.outliers import COLLECTION, ENTRY
 from lowprec.nn.stack import layer_paths
+from lowprec.training.metrics import short
 from lowprec.training.tasks import Task
-
-# Enough to read, little enough that a line of metrics.jsonl stays short.
-DIGITS = 5
 
 
 def make_observation(quantized, task: Task) -> Callable:
@@ -61,15 +58,11 @@ class Outliers:
         values = self.by_number()
         return {
             "outliers": {
-                "mean": {name: _short(sum(each) / len(each)) for name, each in values.items()},
-                "max": {name: _short(max(each)) for name, each in values.items()},
+                "mean": {name: short(sum(each) / len(each)) for name, each in values.items()},
+                "max": {name: short(max(each)) for name, each in values.items()},
                 "layers": {
-                    path: {name: _short(value) for name, value in of_layer.items()}
+                    path: {name: short(value) for name, value in of_layer.items()}
                     for path, of_layer in self.layers.items()
                 },
             }
         }
-
-
-def _short(value: float) -> float | None:
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None

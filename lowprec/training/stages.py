@@ -1,6 +1,6 @@
 """One recipe of a run made executable: the compiled functions of a stretch of training with one recipe."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -159,17 +159,15 @@ class StageProgram:
         signals = Signals(number, state.params, state.params, key, number)
         return jax.eval_shape(controller.update, state.quantizers.control, state.quantizers.state, signals)[2]
 
+    def _measurement(self, function: Callable, *before: Any):
+        """(variables, …, examples, key) -> numbers, compiled; `before` says where what stands before examples lies."""
+        everywhere = sharding.replicated(self.mesh)
+        placed = (self._shardings.variables, *before, sharding.batch_sharding(self.mesh), everywhere)
+        return jax.jit(function, in_shardings=placed, out_shardings=everywhere)
+
     @cached_property
     def _window_losses(self):
-        return jax.jit(
-            evaluation.make_window_losses(self.model, self.quantized, self.task),
-            in_shardings=(
-                self._shardings.variables,
-                sharding.batch_sharding(self.mesh),
-                sharding.replicated(self.mesh),
-            ),
-            out_shardings=sharding.replicated(self.mesh),
-        )
+        return self._measurement(evaluation.make_window_losses(self.model, self.quantized, self.task))
 
     def evaluate(self, variables, batches: list[dict[str, Any]]) -> evaluation.Evaluation:
         """The loss on held-out examples."""
@@ -177,16 +175,8 @@ class StageProgram:
 
     @cached_property
     def _tap_gradient(self):
-        return jax.jit(
-            health.make_tap_gradient(self.quantized, self.task),
-            in_shardings=(
-                self._shardings.variables,
-                sharding.replicated(self.mesh),
-                sharding.batch_sharding(self.mesh),
-                sharding.replicated(self.mesh),
-            ),
-            out_shardings=sharding.replicated(self.mesh),
-        )
+        taps = sharding.replicated(self.mesh)
+        return self._measurement(health.make_tap_gradient(self.quantized, self.task), taps)
 
     def measure_health(self, variables, examples) -> health.Health:
         """Of every quantized operand, on some examples."""
@@ -196,15 +186,7 @@ class StageProgram:
 
     @cached_property
     def _observation(self):
-        return jax.jit(
-            outliers.make_observation(self.quantized, self.task),
-            in_shardings=(
-                self._shardings.variables,
-                sharding.batch_sharding(self.mesh),
-                sharding.replicated(self.mesh),
-            ),
-            out_shardings=sharding.replicated(self.mesh),
-        )
+        return self._measurement(outliers.make_observation(self.quantized, self.task))
 
     def measure_outliers(self, variables, examples) -> outliers.Outliers:
         """Of activations and attention weights, on some examples."""

@@ -18,10 +18,8 @@ from lowprec.training.controllers import Controller, Signals, build_controller
 from lowprec.training.loss_scaling import all_finite
 from lowprec.training.objectives import TASK_LOSS, Objective, Observed
 from lowprec.training.state import TrainState
-from lowprec.training.tasks import NEXT_TOKEN, Task, token_losses
+from lowprec.training.tasks import NEXT_TOKEN, Task
 from lowprec.typing import Array, Float
-
-__all__ = ["STEP_METRICS", "Gradients", "Update", "make_train_step", "mean_loss", "token_losses"]
 
 # What a step measures, in the order of its vector of metrics (one array is one transfer).
 STEP_METRICS = ("loss", "grad_norm", "lr", "param_norm", "update_norm")

@@ -99,9 +99,9 @@ class Task(ABC):
         return jnp.mean(self.losses(logits, examples)), changed.get(MODEL_STATE, ())
 
 
-def token_losses(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """Cross-entropy of each token in nats, in float32."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), targets_BT)
+def cross_entropy(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
+    """Of each prediction in nats, in float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class NextToken(Task):
         return inputs.shape[1]
 
     def losses(self, logits, examples):
-        return token_losses(logits, examples[:, 1:])
+        return cross_entropy(logits, examples[:, 1:])
 
     def hits(self, logits, examples):
         return None
@@ -183,7 +183,7 @@ class Classification(Task):
         return 1
 
     def losses(self, logits, examples):
-        return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), examples["label"])
+        return cross_entropy(logits, examples["label"])
 
     def hits(self, logits, examples):
         return jnp.argmax(logits, axis=-1) == examples["label"]

@@ -13,7 +13,7 @@ from lowprec import models
 from lowprec.errors import UsageError
 from lowprec.nn import linen, unit_scaling
 from lowprec.nn.attention import grouped_attention
-from lowprec.training.step import token_losses
+from lowprec.training.tasks import cross_entropy
 
 
 def normal(*shape, seed=0):
@@ -197,7 +197,7 @@ def model(name, recipe, **shape):
 
 
 def loss_of(quantized, variables):
-    return jnp.mean(token_losses(quantized.apply(variables, TOKENS[:, :-1]), TOKENS[:, 1:]))
+    return jnp.mean(cross_entropy(quantized.apply(variables, TOKENS[:, :-1]), TOKENS[:, 1:]))
 
 
 def test_the_model_has_the_parameters_of_a_llama():

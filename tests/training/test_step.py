@@ -13,7 +13,8 @@ from lowprec.nn import linen
 from lowprec.training.config import OptimizerConfig
 from lowprec.training.optimizer import build_optimizer
 from lowprec.training.state import TrainState, initial_state, run_keys
-from lowprec.training.step import STEP_METRICS, Update, make_train_step, mean_loss, token_losses
+from lowprec.training.step import STEP_METRICS, Update, make_train_step, mean_loss
+from lowprec.training.tasks import cross_entropy
 
 
 class TwoLayers(nn.Module):
@@ -55,8 +56,8 @@ def test_the_loss_is_the_mean_cross_entropy_in_nats():
     targets = np.array([[0, 4, 2], [1, 1, 3]])
     wide = logits.astype(np.float64)
     expected = np.log(np.exp(wide).sum(-1)) - np.take_along_axis(wide, targets[..., None], -1)[..., 0]
-    np.testing.assert_allclose(token_losses(jnp.asarray(logits), targets), expected, rtol=1e-6)
-    assert token_losses(jnp.asarray(logits, jnp.bfloat16), targets).dtype == jnp.float32
+    np.testing.assert_allclose(cross_entropy(jnp.asarray(logits), targets), expected, rtol=1e-6)
+    assert cross_entropy(jnp.asarray(logits, jnp.bfloat16), targets).dtype == jnp.float32
 
 
 def test_a_model_that_knows_nothing_loses_the_logarithm_of_the_vocabulary(state):
@@ -66,7 +67,7 @@ def test_a_model_that_knows_nothing_loses_the_logarithm_of_the_vocabulary(state)
 
 def test_targets_are_the_inputs_one_later(state):
     logits = MODEL.apply({"params": state.params}, TOKENS[:, :-1])
-    expected = jnp.mean(token_losses(logits, jnp.asarray(TOKENS[:, 1:])))
+    expected = jnp.mean(cross_entropy(logits, jnp.asarray(TOKENS[:, 1:])))
     assert mean_loss(MODEL, {"params": state.params}, TOKENS, jax.random.key(0)) == expected
 
 
