@@ -113,23 +113,20 @@ def read_at(recipe: Recipe, width: int) -> Recipe:
     Raises:
       UsageError: (a ValueError) if no weights of the recipe are stored for several widths.
     """
-    found = False
-
-    def reread(rule: LayerRule) -> LayerRule:
-        nonlocal found
-        x, w = rule.gemm.fwd
-        if not isinstance(w.scale, DoubleRounding):
-            return rule
-        found = True
-        return replace(rule, gemm=replace(rule.gemm, fwd=(x, replace(w, scale=replace(w.scale, width=width)))))
-
     rules: tuple[Any, ...] = tuple(recipe.rules)
-    if not found:
+    if not any(isinstance(rule.gemm.fwd[1].scale, DoubleRounding) for rule in rules):
         raise UsageError(
             f"objective 'widths' reads the weights of one recipe at several widths; those of recipe {recipe} have "
             "one: take nested_8"
         )
-    return replace(recipe, name=f"{recipe.name} read at {width}", rules=tuple(reread(rule) for rule in rules))
+
+    def reread(rule: LayerRule) -> LayerRule:
+        x, w = rule.gemm.fwd
+        if not isinstance(w.scale, DoubleRounding):
+            return rule
+        return replace(rule, gemm=replace(rule.gemm, fwd=(x, replace(w, scale=replace(w.scale, width=width)))))
+
+    return replace(recipe, name=f"{recipe.name} read at {width}", rules=tuple(map(reread, rules)))
 
 
 def _widths(text: str) -> tuple[int, ...]:
