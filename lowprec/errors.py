@@ -26,3 +26,13 @@ def unknown(kind: str, name: object, choices: Iterable[str], hint: str = "") -> 
     else:
         advice = f"there are {len(choices)} to choose from, e.g. {', '.join(choices[:6])}"
     return UsageError(f"unknown {kind} {name!r}; {advice}{f' ({hint})' if hint else ''}")
+
+
+def require(condition: bool, key: str, need: str, value: object) -> None:
+    """Refuses a value unless a condition holds.
+
+    Raises:
+      UsageError: "<key> is <need>, not <value>".
+    """
+    if not condition:
+        raise UsageError(f"{key} is {need}, not {value!r}")

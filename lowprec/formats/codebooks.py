@@ -9,6 +9,7 @@ from functools import cache
 
 import numpy as np
 
+from lowprec.formats.closed_forms import Decades, EqualSteps, Octaves, Softsign, Squares
 from lowprec.formats.types import TableFormat
 
 
@@ -77,7 +78,10 @@ def dynamic_exponent(bits: int, signed: bool) -> TableFormat:
         count = 1 << (index if signed else index + 1)
         decade = 10.0 ** (index - exponents + 1) * (0.1 + 0.9 * (np.arange(count) + 0.5) / count)
         values += [*decade, *(-decade if signed else [])]
-    return TableFormat(f"{'' if signed else 'u'}de{bits}", tuple(np.unique(np.asarray(values, np.float32)).tolist()))
+    ascending = tuple(np.unique(np.asarray(values, np.float32)).tolist())
+    center = (1 << exponents) - 1 if signed else 0
+    form = Decades(exponents, first=1 if signed else 2, center=center) if bits > 4 else None  # few are compared with
+    return TableFormat(f"{'' if signed else 'u'}de{bits}", ascending, closed_form=form)
 
 
 def log_map(bits: int) -> TableFormat:
@@ -86,14 +90,16 @@ def log_map(bits: int) -> TableFormat:
         raise ValueError(f"log maps have 2 to 8 bits, not {bits}")
     step = 2.0 ** (4 - bits)
     logs = -step * np.arange((1 << bits) - 1, -1, -1)
-    return TableFormat(f"log{bits}", tuple(2.0**logs), tuple(2.0 ** ((logs[:-1] + logs[1:]) / 2)))
+    form = Octaves(int(1 / step), len(logs)) if step <= 1 else None
+    return TableFormat(f"log{bits}", tuple(2.0**logs), tuple(2.0 ** ((logs[:-1] + logs[1:]) / 2)), closed_form=form)
 
 
 def linear_map(bits: int) -> TableFormat:
     """i / 2^bits, i = 1 … 2^bits: without zero, for second moments (Li et al., arXiv 2309.01507)."""
     if not 2 <= bits <= 8:
         raise ValueError(f"linear maps have 2 to 8 bits, not {bits}")
-    return TableFormat(f"lin{bits}", tuple(np.arange(1, (1 << bits) + 1) / (1 << bits)))
+    count = 1 << bits
+    return TableFormat(f"lin{bits}", tuple(np.arange(1, count + 1) / count), closed_form=EqualSteps(count))
 
 
 def companded(bits: int, signed: bool) -> TableFormat:
@@ -104,7 +110,8 @@ def companded(bits: int, signed: bool) -> TableFormat:
     expand = (lambda t: t / (2 - np.abs(t))) if signed else np.square
     steps = np.arange(-top if signed else 0, top + 1)
     values, middles = expand(steps / top), expand((steps[:-1] + 0.5) / top)
-    return TableFormat(f"{'' if signed else 'u'}cmp{bits}", tuple(values), tuple(middles))
+    form = Softsign(top, center=top) if signed else Squares(top)
+    return TableFormat(f"{'' if signed else 'u'}cmp{bits}", tuple(values), tuple(middles), closed_form=form)
 
 
 def _symmetric(name, positive, middles=None, **codes):

@@ -12,7 +12,7 @@ from lowprec.formats.grammar import parse
 from lowprec.formats.random import Key, random_bits
 from lowprec.formats.rounding import Rounding, parse_rounding
 from lowprec.formats.traced import TracedFormat
-from lowprec.formats.types import BlockFormat, ElementFormat, FloatFormat, Format, IntFormat
+from lowprec.formats.types import BlockFormat, ElementFormat, FloatFormat, Format, IntFormat, TableFormat
 from lowprec.typing import Array, Float, Int, UInt, UInt32
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -71,9 +71,7 @@ def encode(
     Floats: sign, exponent, mantissa; NaN has the canonical code, or 0 where the format has none. Integers: two's
     complement. Tables: the index. Arguments as in `round_to`.
     """
-    y = _rounded(x, fmt, rounding, key, saturate)
-    element = element_of(fmt)
-    return encode_rounded(y, element).astype(code_dtype(element.bits))
+    return _encode_jitted(as_float32(x), key, element_of(fmt), parse_rounding(rounding), saturate)
 
 
 def decode(codes: UInt[Array, "..."], fmt: str | Format, dtype=jnp.float32) -> Float[Array, "..."]:
@@ -137,6 +135,19 @@ def encode_rounded(y: Float[Array, "..."], element: ElementFormat) -> UInt32[Arr
     return tables.encode_table(y, element)
 
 
+def encode_elements(
+    x: Float[Array, "..."],
+    element: ElementFormat,
+    rounding: Rounding,
+    random: UInt32[Array, "..."] | None = None,
+    saturate: bool = True,
+) -> UInt32[Array, "..."]:
+    """The codes, as uint32, of what float32 x rounds to; arguments as in `round_elements`."""
+    if isinstance(element, TableFormat):
+        return tables.round_to_codes(x, element, rounding, random)
+    return encode_rounded(round_elements(x, element, rounding, random, saturate), element)
+
+
 def noise(rounding: Rounding, key: Key | None, shape: tuple[int, ...]) -> UInt32[Array, "..."] | None:
     """The random bits that a rounding mode needs: None for the deterministic ones.
 
@@ -175,6 +186,12 @@ def _rounded(x, fmt, rounding, key, saturate):
 
 
 # Outside of jit, one program instead of dozens of small ones.
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _encode_jitted(x, key, element, rounding, saturate):
+    codes = encode_elements(x, element, rounding, noise(rounding, key, x.shape), saturate)
+    return codes.astype(code_dtype(element.bits))
+
+
 @partial(jax.jit, static_argnums=(3, 4, 5))
 def _round_jitted(x, key, traced, element, rounding, saturate):
     return round_elements(x, traced or element, rounding, noise(rounding, key, x.shape), saturate)

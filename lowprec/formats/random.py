@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lowprec.errors import unknown
+from lowprec.errors import UsageError, unknown
 from lowprec.typing import Array, UInt32
 
 GENERATORS = ("hash", "threefry")
+
+_CONSTANTS = np.uint32(0x9E3779B9), np.uint32(0x85EBCA77), np.uint32(0xC2B2AE3D)  # odd, of random bits
 
 
 class DrawnKey(NamedTuple):
@@ -45,37 +47,79 @@ def next_key(key: Key) -> Key:
     return jax.random.fold_in(key, 1)
 
 
-def random_bits(key: Key, shape: tuple[int, ...], generator: str = "hash") -> UInt32[Array, "..."]:
+def counter_key(seed: jax.Array | int, step: jax.Array | int, salt: int) -> DrawnKey:
+    """A key for each step of each of many arrays, at the cost of a few scalars: the hash of seed, step and salt.
+
+    Args:
+      seed: an integer, or a typed or legacy key.
+      step: counts, modulo 2^32.
+      salt: tells arrays apart, below 2^32.
+    """
+    return _counter_key(*_seed_words(seed), jnp.asarray(step).astype(jnp.uint32), np.uint32(salt))
+
+
+@jax.jit
+def _counter_key(first, second, step, salt):
+    # Either word depends on both of the seed: streams of seeds that shared one would be shifted copies.
+    first, second = _mix(first + _mix(second ^ _CONSTANTS[0])), _mix(second + _mix(first ^ _CONSTANTS[1]))
+    first, second = _mix(first + step), _mix(second ^ step)
+    salts = salt, salt ^ _CONSTANTS[2]
+    return DrawnKey(*(jnp.stack([_mix(first ^ word), _mix(second + word)]) for word in salts))
+
+
+def _seed_words(seed):
+    if isinstance(seed, int):
+        return np.uint32(seed % (1 << 32)), np.uint32((seed >> 32) % (1 << 32))
+    words = jax.random.key_data(seed) if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) else seed.astype(jnp.uint32)
+    words = words.reshape(-1)
+    return words[0], words[-1]
+
+
+def random_bits(
+    key: Key, shape: tuple[int, ...], generator: str = "hash", rows: tuple[Array | int, int] | None = None
+) -> UInt32[Array, "..."]:
     """32 random bits for each element of an array.
 
     Args:
       key: a typed key, a legacy uint32 key or a drawn one; the same key and shape give the same bits.
-      shape: of the whole (global) array.
+      shape: of the whole (global) array, but for `rows`.
       generator: "hash" (fast, fused) or "threefry" (jax.random.bits, the reference).
+      rows: (first, total) where the shape is that of a part of an array along axis 0, to give the part its bits of the
+        whole array. The first may be traced. Hashes only.
     """
     if generator == "threefry" and not isinstance(key, DrawnKey):
+        if rows is not None:
+            raise UsageError("only hashes give a part of an array its bits of the whole, not threefry")
         return jax.random.bits(key, shape, jnp.uint32)
     if generator not in GENERATORS[: 1 if isinstance(key, DrawnKey) else 2]:
         raise unknown("random generator", generator, GENERATORS)
     words = key.words if isinstance(key, DrawnKey) else jax.random.bits(key, (2,), jnp.uint32)
-    low, high = _flat_index(shape)
+    first, total = rows or (0, None)
+    low, high = _flat_index(tuple(shape), total=total, first=first)
     return jnp.broadcast_to(_mix(_mix(low + words[0]) ^ (words[1] + high)), shape)
 
 
-def _flat_index(shape, limit=1 << 32):
-    """The row-major index of each element. Past 2^32 elements the leading axes count in a second word."""
-    split = len(shape)
-    while split and math.prod(shape[split - 1 :]) <= limit:
+def _flat_index(shape, limit=1 << 32, total=None, first=0):
+    """The row-major index of each element, in an array of `total` rows from row `first` on if there is a total.
+
+    Past 2^32 elements the leading axes count in a second word: (low, high).
+    """
+    whole = shape if not shape or total is None else (total, *shape[1:])
+    split = len(whole)
+    while split and math.prod(whole[split - 1 :]) <= limit:
         split -= 1
-    return _index(shape, range(split, len(shape))), _index(shape, range(split))
+    return tuple(_index(shape, whole, axes, first) for axes in (range(split, len(whole)), range(split)))
 
 
-def _index(shape, axes):
+def _index(shape, whole, axes, first):
     index: Array | np.uint32 = np.uint32(0)
     stride = 1
     for axis in reversed(axes):
-        index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
-        stride *= shape[axis]
+        place = lax.broadcasted_iota(jnp.uint32, shape, axis)
+        if axis == 0 and shape != whole:
+            place = place + jnp.asarray(first).astype(jnp.uint32)
+        index = index + place * np.uint32(stride)
+        stride *= whole[axis]
     return index
 
 

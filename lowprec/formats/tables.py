@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from lowprec.formats.bits import EXPONENT, MAGNITUDE, to_bits
+from lowprec.formats.closed_forms import select
 from lowprec.formats.rounding import Rounding
 from lowprec.formats.types import TableFormat
 from lowprec.typing import Array, Bool, Float, Int, UInt32
@@ -24,11 +25,29 @@ def round_table(
     return jnp.where(is_nan, x, _look_up(_nearest_index(x, fmt, rounding, random), fmt))
 
 
+def round_to_codes(
+    x: Float[Array, "..."], fmt: TableFormat, rounding: Rounding, random: UInt32[Array, "..."] | None = None
+) -> UInt32[Array, "..."]:
+    """The codes of what `round_table` gives; of NaN its code, or that of the value nearest zero."""
+    is_nan = (to_bits(x) & MAGNITUDE) > EXPONENT
+    return jnp.where(is_nan, _code_of_nan(fmt), _code(_nearest_index(x, fmt, rounding, random), fmt))
+
+
 def encode_table(y: Float[Array, "..."], fmt: TableFormat) -> UInt32[Array, "..."]:
     """The codes of values that are in the table; NaN to its code, or to that of the value nearest zero."""
-    index = _nearest_index(jnp.where(jnp.isnan(y), 0, y), fmt, Rounding(), None)
-    codes = (index + np.uint32(fmt.first_code)) & np.uint32((1 << fmt.bits) - 1)
-    return codes if fmt.nan_code is None else jnp.where(jnp.isnan(y), np.uint32(fmt.nan_code), codes)
+    return round_to_codes(y, fmt, Rounding())
+
+
+def _code(index, fmt):
+    return (index + np.uint32(fmt.first_code)) & np.uint32((1 << fmt.bits) - 1)
+
+
+def _code_of_nan(fmt):
+    if fmt.nan_code is not None:
+        return np.uint32(fmt.nan_code)
+    distance = np.abs(fmt.values)
+    nearest = _code(np.flatnonzero(distance == distance.min()).astype(np.uint32), fmt)
+    return min(nearest, key=lambda code: code % 2)
 
 
 def decode_table(codes: UInt32[Array, "..."], fmt: TableFormat) -> Float[Array, "..."]:
@@ -38,12 +57,12 @@ def decode_table(codes: UInt32[Array, "..."], fmt: TableFormat) -> Float[Array, 
 
 
 def _look_up(index, fmt):
+    if fmt.closed_form is not None:
+        return fmt.closed_form.value(index)
     if len(fmt.values) > _COMPARISONS_UP_TO:
         return jnp.take(jnp.asarray(fmt.values, jnp.float32), index.astype(jnp.int32), mode="clip")
-    y = jnp.full(index.shape, fmt.values[0], jnp.float32)
-    for place, value in enumerate(fmt.values[1:], 1):
-        y = jnp.where(index >= place, np.float32(value), y)
-    return y
+    padding = (0, (1 << fmt.bits) - len(fmt.values))
+    return select(index, np.pad(np.asarray(fmt.values, np.float32), padding, mode="edge"))
 
 
 def _nearest_index(x, fmt, rounding, random):
@@ -51,7 +70,7 @@ def _nearest_index(x, fmt, rounding, random):
     place = jnp.clip(_order(x), _order_of(values[0]), _order_of(values[-1]))
     if rounding.kind in ("nearest_even", "nearest_away", "nearest_zero"):
         return _index_by_midpoints(place, fmt, rounding.kind)
-    lower = _count_reached(place, values[1:])
+    lower = _lower_index(place, fmt)
     low, high = _look_up(lower, fmt), _look_up(jnp.minimum(lower + 1, len(values) - 1), fmt)
     negative = place < 0
     around_zero = (low < 0) & (high > 0)
@@ -76,6 +95,12 @@ def _nearest_index(x, fmt, rounding, random):
             way = jnp.where(mirrored, high - x, x - low) / jnp.where(high > low, high - low, 1)
             up = mirrored ^ _moves_away(way, rounding, random)
     return lower + ((place > _order(low)) & up).astype(jnp.uint32)
+
+
+def _lower_index(place, fmt):
+    if fmt.closed_form is not None:
+        return fmt.closed_form.lower(place, _order_of(np.asarray(fmt.values[1:]))).astype(jnp.uint32)
+    return _count_reached(place, np.asarray(fmt.values[1:]))
 
 
 def _moves_away(fraction: Float[Array, "..."], rounding, random) -> Bool[Array, "..."]:
@@ -105,7 +130,10 @@ def _index_by_midpoints(place, fmt, kind):
     beyond = np.where(middles == exact, ~inclusive, middles < exact)
     first = np.where(beyond, np.nextafter(middles, np.float32(np.inf)), middles)
     # A midpoint may be a value itself (a posit never rounds to zero), and values stay.
-    return _count_reached(place, np.clip(first, np.nextafter(values[:-1], np.float32(np.inf)), values[1:]))
+    first = np.clip(first, np.nextafter(values[:-1], np.float32(np.inf)), values[1:])
+    if fmt.closed_form is not None:
+        return fmt.closed_form.nearest(place, _order_of(first), kind).astype(jnp.uint32)
+    return _count_reached(place, first)
 
 
 def _count_reached(place: Int[Array, "..."], thresholds: np.ndarray) -> UInt32[Array, "..."]:

@@ -4,11 +4,13 @@ All are frozen and hashable, hence static under `jit`. `str(fmt)` is the canonic
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
+
+from lowprec.formats.closed_forms import ClosedForm
 
 NanKind = Literal["ieee", "fn", "fnuz", "none"]
 Block = Literal["tensor", "row"] | tuple[int, int]
@@ -239,6 +241,7 @@ class TableFormat:
         them when None. (Posits, logarithmic and companded tables round in another domain than that of the values.)
       first_code: the code of the lowest value; the codes of the others follow it, modulo 2^bits.
       nan_code: the code that means NaN, if one does.
+      closed_form: what computes indices and values, to the same results as the search and the look-up without it.
     """
 
     name: str
@@ -246,6 +249,7 @@ class TableFormat:
     midpoints: tuple[float, ...] | None = None
     first_code: int = 0
     nan_code: int | None = None
+    closed_form: ClosedForm | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         values = np.asarray(self.values, np.float32)

@@ -4,7 +4,7 @@
 gradient a weight whose best value lies between two grid points crosses the threshold between them again and again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +13,15 @@ import numpy as np
 import optax
 
 from lowprec.errors import UsageError
+from lowprec.formats.elements import element_of, round_elements
+from lowprec.formats.rounding import Rounding
+from lowprec.formats.scaling import store_scale
+from lowprec.formats.types import IntFormat
 from lowprec.optim.paths import LAYER_KERNELS, matching
 from lowprec.quantizers import Quantizer
+from lowprec.quantizers.learned import scaled_blocks
+from lowprec.quantizers.learned_rules import LearnedStep
+from lowprec.quantizers.variables import Arrays
 from lowprec.typing import Array, Bool, Float
 
 
@@ -22,7 +29,7 @@ class Grid(NamedTuple):
     """A parameter on its integer grid: it is rounded to codes · scale.
 
     Attributes:
-      codes: float32 integers, in the shape of the parameter.
+      codes: float32 integers, in the shape of the parameter; NaN where they are not known yet.
       scale: broadcasts to it.
     """
 
@@ -64,20 +71,55 @@ class FreezeState(NamedTuple):
 def quantizer_grids(quantizer: Quantizer, pattern: str = LAYER_KERNELS) -> Grids:
     """The grids of all parameters that match, as the w of a forward product: blocks along the inputs of (…, K, N).
 
+    A learned step (LSQ) is given to `update` by name: learned={path: {"step": (…, K / block, N / block)}}.
+
     Raises:
-      UsageError: (a ValueError) for a quantizer whose scales are not a function of the weights alone.
+      UsageError: (a ValueError) for a quantizer whose elements are no integers, or whose scales are neither a function
+        of the weights alone nor learned steps.
     """
-    if quantizer.exact or quantizer.rotation is not None or not callable(quantizer.scale):
+    given: Any = quantizer.format
+    rule, steps = quantizer.scale, isinstance(quantizer.scale, LearnedStep)
+    from_weights = not quantizer.exact and quantizer.rotation is None and callable(rule)
+    if not (from_weights or (steps and not rule.offset)) or not _has_integers(given):
         raise UsageError(f"weights quantized by {quantizer} have no integer codes that follow from them alone")
 
-    def grid(w):
-        rounded = quantizer.round(w.astype(jnp.float32), axis=-2)
-        if rounded.scale is None:
-            return Grid(rounded.layout.merge(rounded.elements), jnp.float32(1))
-        total = jnp.broadcast_to(rounded.scale.total(), rounded.elements.shape)
+    def rounded_grid(w):
+        rounded = quantizer.round(w, axis=-2)
+        total = jnp.float32(1) if rounded.scale is None else rounded.scale.total()
+        total = jnp.broadcast_to(total, rounded.elements.shape)
         return Grid(rounded.layout.merge(rounded.elements), rounded.layout.merge(total))
 
-    return lambda params, **_: {path: grid(w) for path, w in matching(params, pattern).items()}
+    def learned_grid(w, params):
+        fmt, layout = scaled_blocks(w, given, -2)
+        step = jnp.maximum(layout.broadcast_scale(params["step"]), rule.floor)
+        step = store_scale(step, fmt.scale).block
+        clipped = jnp.clip(layout.split(w) / step, fmt.element.min, fmt.element.max)
+        codes = round_elements(clipped, fmt.element, Rounding())
+        return Grid(layout.merge(codes), layout.merge(jnp.broadcast_to(step, codes.shape)))
+
+    def grids(params, learned: Mapping[str, Arrays] | None = None, **_):
+        found = {path: w.astype(jnp.float32) for path, w in matching(params, pattern).items()}
+        if not steps:
+            return {path: _each_matrix(rounded_grid, w) for path, w in found.items()}
+        if learned is None:
+            return {path: Grid(jnp.full_like(w, jnp.nan), jnp.ones_like(w)) for path, w in found.items()}
+        return {path: _each_matrix(learned_grid, w, learned[path]) for path, w in found.items()}
+
+    return grids
+
+
+def _each_matrix(grid: Callable[..., Grid], w: Float[Array, "... K N"], *more: Any) -> Grid:
+    """Layers of a stack are quantized one by one, each with scales of its own."""
+    for _ in range(w.ndim - 2):
+        grid = jax.vmap(grid)
+    return grid(w, *more)
+
+
+def _has_integers(fmt: Any) -> bool:
+    element = element_of(fmt)
+    if isinstance(element, IntFormat):
+        return not element.midrise and element.fraction_bits == 0
+    return all(float(value).is_integer() for value in getattr(element, "values", (0.5,)))
 
 
 def cosine_threshold(start: float, end: float, steps: int) -> optax.Schedule:
@@ -158,11 +200,12 @@ def _start(grid: Grid) -> Watch:
 def _watch(watch: Watch, grid: Grid, momentum, limit) -> Watch:
     """After a step: what is frozen keeps its code and its frequency."""
     codes = jnp.where(watch.frozen, watch.held, grid.codes)
-    change = jnp.sign(codes - watch.codes)
+    change = jnp.where(jnp.isnan(watch.codes), 0, jnp.sign(codes - watch.codes))
     oscillates = change * watch.direction < 0
     m = np.float32(momentum)
     frequency = jnp.where(watch.frozen, watch.frequency, m * oscillates + (1 - m) * watch.frequency)
-    average = jnp.where(watch.frozen, watch.average, m * codes + (1 - m) * watch.average)
+    before = jnp.where(jnp.isnan(watch.average), codes, watch.average)
+    average = jnp.where(watch.frozen, before, m * codes + (1 - m) * before)
     frozen = watch.frozen if limit is None else watch.frozen | (frequency > limit)
     held = jnp.where(watch.frozen, watch.held, jnp.round(average))
     direction = jnp.where(change != 0, change, watch.direction)

@@ -1,6 +1,7 @@
 """Leaves of a tree by their paths: which parameters a transformation serves."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,3 +33,8 @@ def matching(tree: Any, pattern: str) -> dict[str, Any]:
     if not found:
         raise UsageError(f"no parameter matches {pattern!r}; there are {', '.join(leaves)}")
     return found
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """The entries of a path in a tree, joined by slashes."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")

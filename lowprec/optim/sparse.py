@@ -31,13 +31,13 @@ class SparseAdamState(NamedTuple):
     flip_rate: Float[Array, ""]
 
 
-def magnitude_masks(n: int = 2, m: int = 4, pattern: str = LAYER_KERNELS) -> Callable[[Any], Masks]:
+def magnitude_masks(n: int = 2, m: int = 4, pattern: str = LAYER_KERNELS) -> Callable[..., Masks]:
     """Parameters -> masks of the n largest of every m magnitudes along the inputs of each kernel (…, K, N).
 
-    The masks of `quantizers.sparsity.Sparse`, as long as the model computes in the dtype of its parameters: in a
-    narrower one two weights may be equal there that are not equal here.
+    The masks of `quantizers.sparsity.Sparse` by magnitude, as long as the model computes in the dtype of its
+    parameters: in a narrower one two weights may be equal there that are not equal here.
     """
-    return lambda params: {path: nm_mask(w, n, m, axis=-2) for path, w in matching(params, pattern).items()}
+    return lambda params, **_: {path: nm_mask(w, n, m, axis=-2) for path, w in matching(params, pattern).items()}
 
 
 def masked_decay(steps: int = 10_000, peak: float = 6e-5) -> optax.Schedule:
@@ -54,8 +54,8 @@ def scale_by_sparse_adam(
     eps: float = 1e-8,
     *,
     decay: optax.Schedule = DECAY,
-    masks: Callable[[Any], Masks] = MASKS,
-) -> optax.GradientTransformation:
+    masks: Callable[..., Masks] = MASKS,
+) -> optax.GradientTransformationExtraArgs:
     """Adam, to whose first moment λ (1 - mask) w is added before it is used. Of a sparse w:
 
         m ← b1·m + (1 - b1)·g,  u = m + λ(t)·(1 - mask)·w,  v ← b2·v + (1 - b2)·u²
@@ -66,15 +66,16 @@ def scale_by_sparse_adam(
 
     Args:
       decay: λ by the number of updates before.
-      masks: of the parameters as they are before the update.
+      masks: of the parameters as they are before the update, and of what else `update` is given by name (nothing when
+        the state is made).
     """
 
     def init(params):
         zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)
         return SparseAdamState(jnp.int32(0), zeros(params), zeros(params), masks(params), jnp.zeros(()))
 
-    def update(updates, state, params):
-        found, count, strength = masks(params), state.steps + 1, decay(state.steps)
+    def update(updates, state, params=None, **extra):
+        found, count, strength = masks(params, **extra), state.steps + 1, decay(state.steps)
 
         def pulled(path, m, w):
             mask = found.get(_name(path))
@@ -90,9 +91,11 @@ def scale_by_sparse_adam(
         # 1 - b^t, which float32 would cancel.
         first, root = (-jnp.expm1(count * np.log(b)) for b in (b1, b2))
         new = jax.tree.map(lambda u, v: u / first / (jnp.sqrt(v / root) + eps), used, nu)
-        return new, SparseAdamState(count, mu, nu, found, _flip_rate(state.masks, found))
+        # Before the first update nothing has flipped: only now is known how the masks are made.
+        flipped = jnp.where(state.steps > 0, _flip_rate(state.masks, found), 0.0)
+        return new, SparseAdamState(count, mu, nu, found, flipped)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def sparse_adamw(
@@ -103,8 +106,8 @@ def sparse_adamw(
     weight_decay: float = 0.1,
     *,
     decay: optax.Schedule = DECAY,
-    masks: Callable[[Any], Masks] = MASKS,
-) -> optax.GradientTransformation:
+    masks: Callable[..., Masks] = MASKS,
+) -> optax.GradientTransformationExtraArgs:
     """`scale_by_sparse_adam` with decoupled weight decay: what AST trains with."""
     return optax.chain(
         scale_by_sparse_adam(b1, b2, eps, decay=decay, masks=masks),

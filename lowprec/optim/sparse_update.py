@@ -67,16 +67,17 @@ class Selection:
         return jax.tree_util.tree_map_with_path(place, frozen)
 
 
-def restricted(optimizer: optax.GradientTransformation, selection: Selection) -> optax.GradientTransformation:
+def restricted(optimizer: optax.GradientTransformation, selection: Selection) -> optax.GradientTransformationExtraArgs:
     """An optimizer of the selected part alone: it is given all parameters, and has state for what is trained.
 
     Gradients and updates are like the trained part.
     """
+    optimizer = optax.with_extra_args_support(optimizer)
 
-    def update(updates, state, params=None):
-        return optimizer.update(updates, state, None if params is None else selection.split(params)[0])
+    def update(updates, state, params=None, **extra):
+        return optimizer.update(updates, state, None if params is None else selection.split(params)[0], **extra)
 
-    return optax.GradientTransformation(lambda params: optimizer.init(selection.split(params)[0]), update)
+    return optax.GradientTransformationExtraArgs(lambda params: optimizer.init(selection.split(params)[0]), update)
 
 
 # Nothing of the model: the phase in which only the scales of its quantizers are trained (EfficientQAT, arXiv
@@ -116,7 +117,8 @@ def choose(candidates: Sequence[Candidate], limit: int) -> tuple[Selection, list
     """The candidates to be trained within so many bytes: the most gain, by gain per byte, gains adding up.
 
     Greedy by gain per byte, skipping what does not fit; the best single candidate instead, where it gains more. At
-    least half of the largest possible gain. (The paper searches by evolution under the same sum of gains.)
+    least half of the largest possible gain. (The paper searches by evolution, under the same sum of gains, and has
+    alternatives that exclude each other: `selection_search.evolve`.)
 
     Returns:
       What they select together, and which they are.
@@ -129,9 +131,14 @@ def choose(candidates: Sequence[Candidate], limit: int) -> tuple[Selection, list
     best = max(useful, key=lambda c: c.gain, default=None)
     if best is not None and best.gain > sum(c.gain for c in chosen):
         chosen = [best]
+    return joint_selection(chosen), chosen
+
+
+def joint_selection(chosen: Sequence[Candidate]) -> Selection:
+    """What candidates select together."""
     patterns = tuple(pattern for c in chosen for pattern in c.selection.patterns)
     channels = tuple(part for c in chosen for part in c.selection.channels)
-    return Selection(patterns, channels), chosen
+    return Selection(patterns, channels)
 
 
 def update_bytes(selection: Selection, params: Any, state_copies: int = 0) -> int:

@@ -1,7 +1,7 @@
 """QTensor: an array as packed codes and scales, the form in which low-precision numbers are really stored."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from lowprec.errors import UsageError
 from lowprec.formats.blocks import BlockLayout, block_layout
-from lowprec.formats.elements import as_float32, code_dtype, decode, element_of, encode_rounded
+from lowprec.formats.elements import as_float32, code_dtype, decode, element_of, encode_rounded, round_elements
 from lowprec.formats.grammar import parse
 from lowprec.formats.native import from_native, to_native
 from lowprec.formats.packing import pack, unpack
+from lowprec.formats.random import Key
 from lowprec.formats.rounding import Rounding, parse_rounding
 from lowprec.formats.scaling import Scale
 from lowprec.formats.types import BFLOAT16, FLOAT32, BlockFormat, Format
@@ -120,7 +121,7 @@ def quantize(
     *,
     axis: int = -1,
     rounding: str | Rounding = "nearest_even",
-    key: jax.Array | None = None,
+    key: Key | None = None,
     scale: AbsMax = AbsMax(),
     pad: bool = False,
 ) -> QTensor:
@@ -155,19 +156,43 @@ def dequantize(q: QTensor, dtype=jnp.float32) -> Float[Array, "..."]:
     return q.dequantize(dtype)
 
 
+def quantize_like(x: Float[Array, "..."], q: QTensor) -> QTensor:
+    """x to nearest in the format, and with the very scales, of a QTensor of its shape; saturates.
+
+    Raises:
+      UsageError: (a ValueError) if the shapes differ.
+    """
+    if x.shape != q.shape:
+        raise UsageError(f"an array of shape {x.shape} is not quantized with the scales of one of shape {q.shape}")
+    return _quantize_like(as_float32(x), q)
+
+
+@jax.jit
+def _quantize_like(x, q):
+    element, layout = element_of(q.fmt), q.layout
+    blocks = layout.split(x)
+    scaled = blocks if q.scales is None else _scaler(q).divide(blocks)
+    rounded = layout.merge(round_elements(scaled, element, Rounding()))
+    codes = encode_rounded(rounded, element).astype(code_dtype(element.bits))
+    return replace(q, codes=pack(codes, element.bits) if _is_packed(element, codes.shape) else codes)
+
+
 @partial(jax.jit, static_argnums=1)
 def _dequantize(q, dtype):
     elements = decode(_unpacked(q), element_of(q.fmt))
     if not isinstance(q.fmt, BlockFormat):
         return elements.astype(dtype)
-    layout, spec = q.layout, q.fmt.scale
-    blocks, stored = layout.split(elements), layout.broadcast_scale(q.scales)
+    return q.layout.merge(_scaler(q).multiply(q.layout.split(elements))).astype(dtype)
+
+
+def _scaler(q):
+    spec, stored = q.fmt.scale, q.layout.broadcast_scale(q.scales)
     if spec.power_of_two:
         scale = Scale(decode(stored, spec.format), stored.astype(jnp.int32) - spec.format.bias)
     else:
         block = stored.astype(jnp.float32) if spec.format in _NATIVE_SCALES else decode(stored, spec.format)
         scale = Scale(block, None, q.tensor_scale)
-    return layout.merge(scale.scaler(q.fmt.element).multiply(blocks)).astype(dtype)
+    return scale.scaler(q.fmt.element)
 
 
 def _stored_scales(rounded: Rounded):

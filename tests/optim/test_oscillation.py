@@ -17,7 +17,8 @@ from lowprec.optim.oscillation import (
     oscillation_metrics,
     quantizer_grids,
 )
-from lowprec.quantizers import EXACT, REUSE, Hadamard, Quantizer
+from lowprec.quantizers import EXACT, REUSE, AbsMax, Hadamard, Quantizer
+from lowprec.quantizers.learned_rules import LearnedStep
 
 
 def round_grid(params, **_):
@@ -154,5 +155,51 @@ def test_a_grid_is_what_the_quantizer_multiplies():
         grid = quantizer_grids(quantizer, ".*")({"w": TARGET})["w"]
         np.testing.assert_array_equal(grid.codes, np.round(grid.codes))
         np.testing.assert_array_equal(grid.codes * grid.scale, quantizer.round(TARGET, -2).values)
-    with pytest.raises(UsageError, match="have no integer codes that follow from them alone"):
-        quantizer_grids(Quantizer("int4@row", Hadamard(16)))
+    for refused in (
+        Quantizer("int4@row", Hadamard(16)),
+        Quantizer("nvfp4"),
+        Quantizer("fx8.4"),
+        Quantizer("int4@row", scale=LearnedStep(offset=True)),
+        EXACT,
+    ):
+        with pytest.raises(UsageError, match="have no integer codes that follow from them alone"):
+            quantizer_grids(refused)
+
+
+@pytest.mark.parametrize("fmt", ["int4@tensor", "int3@row"])
+def test_layers_of_a_stack_have_grids_of_their_own(fmt):
+    """With scales from the weights, and with learned ones."""
+    stacked = jnp.stack([TARGET, 7 * TARGET])
+    steps = jax.vmap(lambda w: LearnedStep().initial_params(w, Quantizer(fmt).format, -2))(stacked)
+    for rule, learned in ((AbsMax(), None), (LearnedStep(), {"w": steps})):
+        quantizer = Quantizer(fmt, scale=rule)
+        grid = quantizer_grids(quantizer, ".*")({"w": stacked}, learned=learned)["w"]
+        np.testing.assert_array_equal(grid.codes, np.round(grid.codes))
+        np.testing.assert_array_equal(grid.codes[1], grid.codes[0])
+        for index, w in enumerate(stacked):
+            if learned is None:
+                values = quantizer.round(w, -2).values
+            else:
+                own = {"step": steps["step"][index]}
+                values = quantizer.scale.quantize(w, quantizer.format, -2, own, {}, None)[0]
+            np.testing.assert_array_equal(grid.codes[index] * grid.scale[index], values)
+
+
+def test_codes_of_learned_steps_are_watched_from_the_first_update_on():
+    """Before it no step is known: the first codes are neither a change nor far from their average."""
+    quantizer = Quantizer("int4@tensor", scale=LearnedStep())
+    optimizer = freeze_oscillations(optax.identity(), quantizer_grids(quantizer, ".*"), threshold=0.3, momentum=0.5)
+    learned = {"w": {"step": jnp.full((1, 1), 0.5)}}
+    at = lambda *codes: {"w": 0.5 * jnp.array([codes], jnp.float32)}
+    params = at(3.0, -8.0)
+    state = optimizer.init(params)
+    codes, frozen = [], []
+    for target in (at(3.0, -8.0), at(4.0, -8.0), at(3.0, -9.0), at(4.0, -8.0)):
+        updates, state = optimizer.update(jax.tree.map(jnp.subtract, target, params), state, params, learned=learned)
+        params = optax.apply_updates(params, updates)
+        codes.append(state.watched["w"].codes[0].tolist())
+        frozen.append(state.watched["w"].frozen[0].tolist())
+    # 3, 4, 3 is an oscillation: a frequency of .5. The average is 3, 3.5, 3.25; what lies below -8 has the code -8.
+    assert codes == [[3, -8], [4, -8], [3, -8], [3, -8]]
+    assert frozen == [[False, False], [False, False], [True, False], [True, False]]
+    assert params["w"][0].tolist() == [1.5, -4.0]

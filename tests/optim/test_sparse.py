@@ -12,7 +12,8 @@ from lowprec import recipes
 from lowprec.errors import UsageError
 from lowprec.ops import initial_variables, qdot
 from lowprec.optim.sparse import magnitude_masks, masked_decay, scale_by_sparse_adam, sparse_adamw
-from lowprec.quantizers.sparsity import nm_mask
+from lowprec.quantizers.blend import Blend
+from lowprec.quantizers.sparsity import Sparse, block_means, nm_mask
 
 W = jax.random.normal(jax.random.key(0), (24, 16))
 X = jax.random.normal(jax.random.key(1), (8, 24))
@@ -55,13 +56,90 @@ def test_the_exact_recipe_multiplies_by_masked_weights_and_gives_all_of_them_a_g
     assert np.all(np.asarray(gradient)[kept == 0] != 0)
 
 
-@pytest.mark.parametrize("name", ["ast_2_4", "ast_2_4_int8", "ast_2_4_int4"])
+def test_wanda_keeps_the_weights_with_the_largest_norms_of_products():
+    """By brute force over the six pairs of a group: |w| times the norm of its input, measured on the first batch."""
+    inputs = np.asarray(X, np.float64) * np.exp(np.random.default_rng(0).normal(size=24))
+    scores = np.abs(np.asarray(W, np.float64)) * np.linalg.norm(inputs, axis=0)[:, None]
+    mask = np.zeros(W.shape, bool)
+    for column in range(16):
+        for start in range(0, 24, 4):
+            pairs = itertools.combinations(range(start, start + 4), 2)
+            mask[list(max(pairs, key=lambda pair: scores[list(pair), column].sum())), column] = True
+    assert 0.05 < np.mean(mask != np.asarray(nm_mask(W))) < 0.5
+    rule = recipes.get("ast_2_4_wanda").rule_for("layers/0/mlp/up")
+    given = jnp.asarray(inputs, jnp.float32)
+    variables = initial_variables(given, W, rule)
+    run = lambda w, params: jnp.sum(qdot(X, w, rule, variables=variables._replace(params=params)))
+    read = qdot(jnp.eye(24), W, rule, variables=variables)
+    np.testing.assert_array_equal(np.asarray(read) != 0, mask)
+    to_w, to_params = jax.grad(run, argnums=(0, 1))(W, variables.params)
+    # Masked or not, weights have a gradient; the norms have none.
+    np.testing.assert_allclose(to_w, np.tile(np.asarray(X, np.float64).sum(0)[:, None], (1, 16)), atol=1e-5)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(to_params))
+
+
+@pytest.mark.parametrize(("size", "inner"), [(8, None), (16, None), (64, None), (8, "int4@row")])
+def test_a_block_branch_adds_a_weight_for_the_sum_of_every_block_of_inputs(size, inner):
+    """24 inputs: blocks of 16 leave a short one, one of 64 is all of them. Against the two products of SLoRB."""
+    rule = recipes.get("ast_2_4_slorb").rule_for("layers/0/mlp/up")
+    x_rule, w_rule = rule.fwd
+    fmt = inner or "float32"
+    w_rule = type(w_rule)(fmt, scale=Sparse(blocks=size))
+    rule = type(rule)(fwd=(x_rule, w_rule), dgrad=rule.dgrad)
+    variables = initial_variables(X, W, rule)
+    branch = variables.params["fwd.w"]["block_weights"]
+    mask, starts = np.asarray(nm_mask(W)), range(0, 24, size)
+    pruned = np.where(mask, 0, np.asarray(W, np.float64))
+    expected = np.stack([pruned[start : start + size].mean(0) for start in starts])
+    np.testing.assert_allclose(branch, expected, atol=1e-6)
+    # The first values are the best of least squares.
+    member = np.stack([(np.arange(24) // size == index).astype(float) for index in range(len(starts))], axis=1)
+    np.testing.assert_allclose(branch, np.linalg.lstsq(member, pruned, rcond=None)[0], atol=1e-6)
+
+    plain = recipes.parse(f"fwd=exact,{inner}").rule_for("x") if inner else recipes.get("f32").rule_for("x")
+    sparse = np.asarray(qdot(X, jnp.where(mask, W, 0), plain), np.float64)
+    sums = np.asarray(X, np.float64) @ member
+    run = lambda x, params: qdot(x, W, rule, variables=variables._replace(params=params))
+    y, vjp = jax.vjp(run, X, variables.params)
+    np.testing.assert_allclose(y, sparse + sums @ np.asarray(branch, np.float64), atol=2e-5)
+    dy = jnp.cos(y)
+    to_x, to_params = vjp(dy)
+    np.testing.assert_allclose(to_params["fwd.w"]["block_weights"], sums.T @ np.asarray(dy, np.float64), atol=1e-4)
+    kept = np.asarray(qdot(jnp.eye(24), jnp.where(mask, W, 0), plain), np.float64) + member @ np.asarray(branch)
+    np.testing.assert_allclose(to_x, np.asarray(dy, np.float64) @ kept.T, atol=1e-4)
+
+
+def test_on_a_ramp_inputs_are_measured_too():
+    (x_rule, after), fmt = recipes.get("ast_2_4_wanda").rule_for("layers/0/mlp/up").fwd, None
+    blend = Blend(x_rule, after, steps=10)
+    found = blend.calibrated_params(W, X, fmt, -2)
+    np.testing.assert_allclose(found["input_squares"], np.mean(np.asarray(X, np.float64) ** 2, axis=0), rtol=1e-5)
+
+
+def test_means_of_blocks_along_any_axis():
+    w = np.random.default_rng(1).normal(size=(2, 7, 3))
+    for axis, length in ((0, 2), (1, 7), (2, 3), (-2, 7)):
+        found = block_means(jnp.asarray(w, jnp.float32), 3, axis)
+        parts = [np.take(w, range(s, min(s + 3, length)), axis).mean(axis, keepdims=True) for s in range(0, length, 3)]
+        np.testing.assert_allclose(found, np.concatenate(parts, axis), atol=1e-6)
+
+
+def test_what_a_sparse_rule_is_not():
+    with pytest.raises(UsageError, match="unknown importance of a weight 'wnda'; did you mean wanda"):
+        Sparse(importance="wnda")
+    with pytest.raises(UsageError, match="sums 1 input or more"):
+        Sparse(blocks=-1)
+    with pytest.raises(UsageError, match="2:4 sparse by wanda are measured with their inputs"):
+        Sparse(importance="wanda").initial_params(W, recipes.parse("fwd=int8@row").rule_for("x").fwd[1].format, -2)
+
+
+@pytest.mark.parametrize("name", ["ast_2_4", "ast_2_4_wanda", "ast_2_4_int8", "ast_2_4_int4"])
 def test_two_of_four_weights_of_every_recipe_take_part(name):
     """A unit vector on the left reads the weights that are multiplied."""
     rule = recipes.get(name).rule_for("layers/0/mlp/up")
     read = qdot(jnp.eye(24), W, rule, variables=initial_variables(jnp.eye(24), W, rule))
     assert np.all(np.sum((np.asarray(read) != 0).reshape(6, 4, 16), axis=1) <= 2)
-    error = {"ast_2_4": 1e-12, "ast_2_4_int8": 1e-4, "ast_2_4_int4": 2e-2}[name]
+    error = {"ast_2_4": 1e-12, "ast_2_4_wanda": 1e-12, "ast_2_4_int8": 1e-4, "ast_2_4_int4": 2e-2}[name]
     kept = np.asarray(W * nm_mask(W))
     assert np.sum((np.asarray(read) - kept) ** 2) <= error * np.sum(kept**2)
 
