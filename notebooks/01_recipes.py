@@ -21,30 +21,14 @@
 # `LOWPREC_FIGURES`), or as a notebook: `jupytext --to notebook notebooks/01_recipes.py`. It takes less than a minute.
 
 # %%
-import os
-import tempfile
-from pathlib import Path
-
 import jax.numpy as jnp
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
 from lowprec import recipes
+from lowprec.analysis.figures import show
 from lowprec.analysis.product_errors import product_errors
 from lowprec.quantizers import Clip, DifferentiableGradient, Quantizer, StraightThrough, Trust
-
-FIGURES = Path(os.environ.get("LOWPREC_FIGURES") or tempfile.mkdtemp(prefix="lowprec-figures-"))
-FIGURES.mkdir(parents=True, exist_ok=True)
-
-
-def show(figure, name):
-    figure.savefig(FIGURES / f"{name}.png", dpi=110)
-    if matplotlib.get_backend().lower() != "agg":
-        plt.show()
-    plt.close(figure)
-    print(f"figure: {FIGURES / name}.png")
-
 
 # %% [markdown]
 # ## One draw

@@ -21,24 +21,21 @@
 # `LOWPREC_FIGURES`), or as a notebook: `jupytext --to notebook notebooks/04_dynamics.py`.
 
 # %%
-import os
-import tempfile
 from itertools import islice
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+from lowprec.analysis.figures import show
 from lowprec.analysis.trajectories import trajectory
 from lowprec.training.config import resolve
 from lowprec.training.program import Program
 
-FIGURES = Path(os.environ.get("LOWPREC_FIGURES") or tempfile.mkdtemp(prefix="lowprec-figures-"))
-FIGURES.mkdir(parents=True, exist_ok=True)
-STEPS = 120
+# A hundred steps take less time than LLVM would need to make them fast.
+jax.config.update("jax_disable_most_optimizations", True)
+STEPS = 100
 CONFIG = {
     "data.name": "markov_text",
     "data.seq_len": 16,
@@ -50,16 +47,12 @@ CONFIG = {
 }
 
 
-def show(figure, name):
-    figure.savefig(FIGURES / f"{name}.png", dpi=110)
-    if matplotlib.get_backend().lower() != "agg":
-        plt.show()
-    plt.close(figure)
-    print(f"figure: {FIGURES / name}.png")
-
-
 def build(recipe, **model):
     return Program(resolve({**CONFIG, "recipe": recipe, **{f"model.{key}": value for key, value in model.items()}}))
+
+
+def copied(state):
+    return jax.tree.map(jnp.copy, state)
 
 
 def advance(program, state, start=0, stop=STEPS):
@@ -86,11 +79,11 @@ SWITCH = 2 * STEPS // 5
 SCHEDULES = ("bf16", "bf16 then bitnet158 at 40%", "bf16 then bitnet158 at 40% over 60%")
 
 plain = build("bf16")
-at_switch, before = advance(plain, plain.initial_state(), stop=SWITCH)
+start = plain.initial_state()
+at_switch, before = advance(plain, copied(start), stop=SWITCH)
 ends, losses = {}, {}
 for recipe in SCHEDULES:
-    copy = jax.tree.map(jnp.copy, at_switch)
-    ends[recipe], after = advance(plain if recipe == "bf16" else build(recipe), copy, SWITCH)
+    ends[recipe], after = advance(plain if recipe == "bf16" else build(recipe), copied(at_switch), SWITCH)
     losses[recipe] = np.array([line["loss"] for line in before + after])
 figure, panel = plt.subplots(figsize=(8, 4), layout="constrained")
 for recipe in SCHEDULES[1:]:
@@ -105,43 +98,50 @@ show(figure, "switch")
 # ## Bits that are decided during training
 #
 # `adapt` shortens the fixed-point words of a layer's weights until their histogram suffers, once every fifty steps.
-# `fliqs_6` draws a format a layer and step, and learns by REINFORCE which ones pay, under a cost of six bits a weight.
-# What they decide is state of the training step, and stands in `metrics.jsonl`; nothing is compiled anew.
+# What it decides is state of the training step, and stands in `metrics.jsonl`; nothing is compiled anew.
 
 # %%
-figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-for panel, recipe in zip(panels, ("adapt", "fliqs_6"), strict=True):
-    program = build(recipe)
-    _, lines = advance(program, program.initial_state())
-    found = trajectory(lines)
-    for layer, bits in found.bits.items():
-        panel.step(found.steps, bits, where="post", linewidth=0.8, label=layer)
-    panel.step(found.steps, found.mean, where="post", color="black", linewidth=1.5, label="mean")
-    panel.set(title=recipe, xlabel="step", ylabel="bits")
-    print(recipe, {layer: f"{bits[0]:.0f} → {bits[-1]:.0f}" for layer, bits in found.bits.items()})
-panels[0].legend(fontsize=6)
+program = build("adapt")
+_, lines = advance(program, program.initial_state())
+found = trajectory(lines)
+figure, panel = plt.subplots(figsize=(8, 4), layout="constrained")
+for layer, bits in found.bits.items():
+    panel.step(found.steps, bits, where="post", linewidth=0.8, label=layer)
+panel.step(found.steps, found.mean, where="post", color="black", linewidth=1.5, label="mean")
+panel.set(xlabel="step", ylabel="bits")
+panel.legend(fontsize=6)
+print({layer: f"{bits[0]:.0f} → {bits[-1]:.0f}" for layer, bits in found.bits.items()})
 show(figure, "bits")
 
 # %% [markdown]
-# A hundred steps are far too few for `fliqs_6`: its logits move by at most .005 a step, so that formats are
-# still drawn almost uniformly. The word length of `adapt` falls at its first decision.
+# `fliqs_6` draws a format a layer and step, and learns by REINFORCE which ones pay, under a cost of six bits a weight.
+# A hundred steps are far too few for it, its logits move by at most .005 a step; a faster one is in the figure of
+# `experiments/dynamics_tiny`.
 #
 # ## Attention sinks
 #
 # Softmax hands out a whole unit of attention, whether there is anything to see or not. Heads learn to waste it on the
-# first token. Softpick, like clipped softmax, can give weights that are exactly 0. The sink rate is the fraction of
-# heads that give the first token more than .3 on average; in windows of 16 uniform attention gives it .21.
+# first token. Softpick and clipped softmax can give weights that are exactly 0, and a gate can close a head. The sink
+# rate is the fraction of heads that give the first token more than .3 on average; in windows of 16 uniform attention
+# gives it .21.
 
 # %%
-for attention in ("softmax", "softpick"):
+FORMS = {
+    "softmax": {},
+    "clipped": {"attention": "clipped"},
+    "softpick": {"attention": "softpick"},
+    "gate": {"gate": "linear"},
+}
+for name, model in FORMS.items():
     program, state = plain, ends["bf16"]
-    if attention == "softpick":
-        program = build("bf16", attention=attention)
-        state, _ = advance(program, program.initial_state())
+    if model:
+        program = build("bf16", **model)
+        # Those without parameters of their own begin where softmax began.
+        state, _ = advance(program, program.initial_state() if "gate" in model else copied(start))
     seen = program.measure_outliers(state.variables).by_number()
-    print(attention, {name: f"{np.mean(seen[name]):.3f}" for name in ("sink_rate", "sparsity", "residual_kurtosis")})
+    print(name, {number: f"{np.mean(seen[number]):.3f}" for number in ("sink_rate", "sparsity", "residual_kurtosis")})
 
 # %% [markdown]
-# After so few steps neither has sinks, but nine of ten weights of softpick are exactly 0. Sinks and outliers grow over
-# billions of tokens; here one sees how they are measured. In a run, `eval.outliers=true` writes these numbers with each
-# evaluation, and `lowprec.analysis.outliers` draws them.
+# After so few steps none of them has sinks, but most weights of clipped softmax and softpick are exactly 0.
+# Sinks and outliers grow over billions of tokens; here one sees how they are measured. In a run, `eval.outliers=true`
+# writes these numbers with each evaluation, and `lowprec.analysis.outliers` draws them.

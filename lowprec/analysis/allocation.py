@@ -2,7 +2,7 @@
 
 Three solvers. `solve_exactly`: an integer program (HAWQ-V3, arXiv 2011.10680, §3.4). `solve_greedily`: the best
 decrease of cost per byte, one step after the other. `bisect_loss`: down an order of the layers, as far as a measured
-loss allows.
+loss allows; `by_sensitivity` is that order, in which pairs of layers may count (arXiv 2306.04879).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -133,6 +133,45 @@ def solve_greedily(table: CostTable, budget: float) -> Allocation:
         rate = np.where(allowed, gain / np.where(allowed, growth, 1), -np.inf)
         layer, choice = np.unravel_index(np.argmax(rate), rate.shape)
         picked[layer] = choice
+
+
+def measured_interactions(
+    layers: Sequence[str], low: str, high: str, loss: Callable[[Mapping[str, str]], float]
+) -> np.ndarray:
+    """L(i, j) - L(i) - L(j) + L(): what two layers in the low format cost together beyond what each costs alone.
+
+    Args:
+      layers: n paths.
+      low, high: format names; L(…) is the loss with these layers in the low one and all others in the high one.
+      loss: of a choice a layer; it is measured 1 + n (n + 1) / 2 times.
+    Returns:
+      (n, n), symmetric, 0 on the diagonal.
+    """
+    lowered = lambda *those: loss({layer: low if layer in those else high for layer in layers})
+    nothing, alone = lowered(), np.array([lowered(layer) for layer in layers])
+    found = np.zeros((len(layers), len(layers)))
+    for i, first in enumerate(layers):
+        for j, second in enumerate(layers[:i]):
+            found[i, j] = found[j, i] = lowered(first, second) - alone[i] - alone[j] + nothing
+    return found
+
+
+def by_sensitivity(
+    layers: Sequence[str], cost: Sequence[float] | np.ndarray, interactions: np.ndarray | None = None
+) -> tuple[str, ...]:
+    """The layers, the least sensitive first: by cost_i + ½ Σ_j interaction_ij.
+
+    With costs that are changes of the loss and interactions of pairs, that is the share of each layer in the change of
+    them all (its Shapley value). The costs of a Hessian augmented by losses of pairs are those of "Augmenting Hessians
+    with Inter-Layer Dependencies" (arXiv 2306.04879); the weight ½ is ours.
+
+    Args:
+      cost: of the low format in each layer, in the unit of the interactions.
+      interactions: (layers, layers); None: none.
+    """
+    pairs = 0.0 if interactions is None else 0.5 * np.sum(interactions, axis=1)
+    order = np.argsort(np.asarray(cost, np.float64) + pairs, kind="stable")
+    return tuple(layers[index] for index in order)
 
 
 def bisect_loss(

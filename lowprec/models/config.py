@@ -14,6 +14,8 @@ _CHOICES = {
     "documents": DOCUMENTS,
     "batch_norm": folding.KINDS,
 }
+# Architectures that have no attention.
+_WITHOUT_HEADS = ("resnet",)
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class ModelConfig:
       name: the architecture, one of `models.names()`.
       layers: blocks.
       width: D, of the residual stream.
-      heads: query heads; D / heads is even.
+      heads: query heads; D / heads is even. (A resnet has none.)
       kv_heads: key and value heads, a divisor of heads; 0: as many as heads.
       mlp_width: of the gated layer; 0: 8/3 · D, up to a multiple of 256 (of 32 below D = 512).
       dtype: of activations and of unquantized products: float32 or bfloat16. Parameters are float32.
@@ -68,7 +70,7 @@ class ModelConfig:
         for field in ("layers", "width", "heads", "patch"):
             if getattr(self, field) < 1:
                 raise UsageError(f"model.{field} is at least 1, not {getattr(self, field)}")
-        if self.width % self.heads or (self.width // self.heads) % 2:
+        if self.name not in _WITHOUT_HEADS and self.width % (2 * self.heads):
             raise UsageError(
                 f"model.width {self.width} does not give {self.heads} heads of an even size; "
                 f"the next width that does is {-(-self.width // (2 * self.heads)) * 2 * self.heads}"

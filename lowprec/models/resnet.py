@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lowprec.models.config import ModelConfig
 from lowprec.nn.folding import ConvNorm
+from lowprec.nn.outliers import observe_activations
 from lowprec.typing import Array, Float
 
 STAGES = 3
@@ -35,7 +36,9 @@ class ResidualBlock(nn.Module):
         missing = self.features - x_BHWC.shape[-1]
         shortcut = x_BHWC[:, :: self.strides, :: self.strides]
         shortcut = jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
-        return nn.relu(shortcut + y)
+        y = nn.relu(shortcut + y)
+        observe_activations(self, "residual", y)
+        return y
 
 
 class ResNet(nn.Module):

@@ -13,6 +13,7 @@ import numpy as np
 
 from lowprec.errors import UsageError
 from lowprec.models.config import ModelConfig
+from lowprec.nn.outliers import observe_activations
 from lowprec.nn.stack import LayerStack
 from lowprec.typing import Array, Float
 
@@ -42,9 +43,13 @@ class EncoderBlock(nn.Module):
         c = self.config
         norm = partial(nn.LayerNorm, epsilon=c.norm_epsilon, dtype=c.dtype)
         attention = nn.MultiHeadDotProductAttention(c.heads, dtype=c.dtype, name="attention")
-        x_BTD = x_BTD + attention(norm(name="attention_norm")(x_BTD))
+        attended_BTD = attention(norm(name="attention_norm")(x_BTD))
+        observe_activations(self, "attention", attended_BTD)
+        x_BTD = x_BTD + attended_BTD
         hidden_BTF = nn.Dense(c.mlp_width or 4 * c.width, dtype=c.dtype, name="up")(norm(name="mlp_norm")(x_BTD))
-        return x_BTD + nn.Dense(c.width, dtype=c.dtype, name="down")(nn.gelu(hidden_BTF))
+        x_BTD = x_BTD + nn.Dense(c.width, dtype=c.dtype, name="down")(nn.gelu(hidden_BTF))
+        observe_activations(self, "residual", x_BTD)
+        return x_BTD
 
 
 class ViT(nn.Module):

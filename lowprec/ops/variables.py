@@ -50,11 +50,12 @@ def initial_variables(
 
 def canonical_variables(x: Float[Array, "..."], w: Float[Array, "..."], rule: GemmRule) -> ProductVariables:
     """`initial_variables` for x (…, M, K) and w (…, K, N)."""
-    sources = {"fwd.x": x, "fwd.w": w}
     params: dict[str, Arrays] = {}
     for name, q in rule.operands().items():
         if isinstance(q.scale, Differentiable) and not q.exact:
-            learned = q.scale.initial_params(sources[name], q.format, CONTRACTION[name])
+            where = (q.format, CONTRACTION[name])
+            weights = name == "fwd.w"
+            learned = q.scale.calibrated_params(w, x, *where) if weights else q.scale.initial_params(x, *where)
             _check_independent_of_batch(name, learned, q)
             params |= {name: learned} if learned else {}
     return ProductVariables(params, *initial_memory(rule))

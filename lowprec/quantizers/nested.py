@@ -24,7 +24,7 @@ from lowprec.quantizers.learned_rules import SMALLEST, gradient_factor
 from lowprec.quantizers.qtensor import QTensor
 from lowprec.quantizers.surrogate import at_least, scale_gradient, with_slopes
 from lowprec.quantizers.variables import Arrays, Differentiable, Remembering
-from lowprec.typing import Array, Float, Int
+from lowprec.typing import Array, Bool, Float, Int
 
 WIDTHS = (8, 6, 4, 2)
 
@@ -90,6 +90,10 @@ class NestedWidths(Differentiable):
     def __post_init__(self):
         if list(self.widths) != sorted(set(self.widths), reverse=True) or not self.widths:
             raise UsageError(f"widths descend from the one stored, e.g. {WIDTHS}; not {self.widths}")
+
+    def reads_parameters_of(self, other):
+        """Whichever width is read, if the same are learned."""
+        return isinstance(other, NestedWidths) and (self.widths, self.shared) == (other.widths, other.shared)
 
     @abstractmethod
     def read_width(self, state: Arrays) -> int | Int[Array, ""]:
@@ -211,10 +215,15 @@ def width_probabilities(traces: Float[Array, " layers"], widths: Sequence[int]) 
     The preferred widths have the larger of the chances 1, 2, …, n over n (n + 1) / 2. (HASB, §3.3; the paper says which
     layers prefer which, these chances are ours.)
     """
+    traces = jnp.asarray(traces)
+    return width_chances(traces < jnp.mean(traces), widths)
+
+
+def width_chances(flat: Bool[Array, "..."] | np.ndarray, widths: Sequence[int]) -> Float[Array, "... widths"]:
+    """Of each width in a layer, as `width_probabilities` has them: low ones preferred where the loss is flat."""
     rank = np.argsort(np.argsort(np.asarray(widths))) + 1.0
     high, low = rank / rank.sum(), (len(widths) + 1 - rank) / rank.sum()
-    traces = jnp.asarray(traces)
-    return jnp.where((traces < jnp.mean(traces))[:, None], low, high)
+    return jnp.where(jnp.asarray(flat)[..., None], low, high)
 
 
 def rate_factors(widths: Sequence[int] = WIDTHS) -> dict[str, float]:

@@ -56,6 +56,16 @@ class Differentiable(ABC):
     def initial_params(self, x: Float[Array, "..."], fmt: Format, axis: int) -> dict[str, Float[Array, "..."]]:
         """The learned parameters, from the first values of the operand."""
 
+    def calibrated_params(
+        self, w: Float[Array, "... K N"], inputs: Float[Array, "... M K"], fmt: Format, axis: int
+    ) -> dict[str, Float[Array, "..."]]:
+        """Those of weights, given also the first inputs that they are multiplied by."""
+        return self.initial_params(w, fmt, axis)
+
+    def reads_parameters_of(self, other: "Differentiable") -> bool:
+        """Whether what the other rule has learned, in the same format, means the same to this one."""
+        return self == other
+
     @abstractmethod
     def quantize(
         self,

@@ -37,8 +37,9 @@ def blended(before: Recipe, after: Recipe, steps: int) -> Recipe:
     """From one recipe to another in so many steps: forward operands are `Blend`s of the two.
 
     The gradients that come from above are quantized as before, the other operands of the backward products are those
-    blends. So the first step is that of the recipe before, bit for bit, where that one is of one precision (bf16, f32,
-    or a forward-only recipe).
+    blends. So the first step is that of the recipe before: bit for bit where that one is of one precision (bf16, f32),
+    and where its forward pass alone is quantized up to the last bits in which two compiled programs may differ.
+    Controllers of either recipe rest meanwhile.
     """
     rules = tuple(
         LayerRule(f"(?=(?:{last.pattern})\\Z)(?:{first.pattern})", _blend(first.gemm, last.gemm, steps), optional=True)

@@ -93,6 +93,7 @@ class Stage:
       start: the updates before it; None: when it is triggered.
       trigger: what begins it, seen in an evaluation of the stage before.
       reset: whether the optimizer starts anew.
+      ramp: whether it leads from the recipe before to the one after: quantizers have the variables of both.
       continues: whether the quantizers' variables go on from those of the stage before: the end of a ramp.
     """
 
@@ -100,6 +101,7 @@ class Stage:
     start: int | None
     trigger: str | None = None
     reset: bool = False
+    ramp: bool = False
     continues: bool = False
 
 
@@ -147,7 +149,7 @@ class Schedule:
                 stages.append(Stage(recipe, start, None, phase.reset))
                 continue
             length = phase.ramp.steps(steps)
-            stages.append(Stage(blended(before.recipe, recipe, length), start, None, phase.reset))
+            stages.append(Stage(blended(before.recipe, recipe, length), start, None, phase.reset, ramp=True))
             if start + length < steps:
                 stages.append(Stage(recipe, start + length, continues=True))
         return tuple(stages)

@@ -14,7 +14,9 @@ from lowprec.analysis.allocation import (
     Allocation,
     CostTable,
     bisect_loss,
+    by_sensitivity,
     exact_pattern,
+    measured_interactions,
     solve_exactly,
     solve_greedily,
 )
@@ -121,6 +123,60 @@ def test_bisection_goes_as_far_as_the_bound(bound):
     assert len(measured) <= 5
     with pytest.raises(ValueError, match="above the bound -1"):
         bisect_loss(order, "int2", "int8", loss, -1)
+
+
+def pairwise(seed, count=6):
+    """A loss with terms of layers and of pairs of layers: (paths, terms of layers, terms of pairs, loss)."""
+    random = np.random.default_rng(seed)
+    alone, pairs = random.exponential(1, count), np.triu(random.normal(size=(count, count)), 1)
+    layers = [f"layers/{index}/up" for index in range(count)]
+
+    def loss(choices):
+        lowered = np.array([choices[layer] == "int2" for layer in layers], float)
+        return 3.0 + alone @ lowered + lowered @ pairs @ lowered
+
+    return layers, alone, pairs + pairs.T, loss
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_interactions_are_what_pairs_cost_beyond_each_alone(seed):
+    layers, _, pairs, loss = pairwise(seed)
+    measured = []
+    found = measured_interactions(layers, "int2", "int8", lambda choices: measured.append(1) or loss(choices))
+    np.testing.assert_allclose(found, pairs, atol=1e-12)
+    assert len(measured) == 1 + 6 * 7 / 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_order_is_that_of_shapley_values(seed):
+    """By brute force: the mean over all orders of what a layer adds to the loss when its turn comes."""
+    layers, alone, pairs, loss = pairwise(seed)
+    values, orders = np.zeros(6), list(itertools.permutations(range(6)))
+    for order in orders:
+        choices = dict.fromkeys(layers, "int8")
+        before = loss(choices)
+        for index in order:
+            choices[layers[index]] = "int2"
+            after = loss(choices)
+            values[index] += (after - before) / len(orders)
+            before = after
+    assert by_sensitivity(layers, alone, pairs) == tuple(layers[index] for index in np.argsort(values))
+    assert by_sensitivity(layers, alone) == tuple(layers[index] for index in np.argsort(alone))
+    assert by_sensitivity(layers, np.zeros(6)) == tuple(layers)
+
+
+def test_layers_that_hurt_each_other_are_not_lowered_together():
+    """0 and 1 look harmless alone; together they cost 10. Bisection down the order of costs stops after one."""
+    layers = [f"layers/{index}/up" for index in range(4)]
+
+    def loss(choices):
+        lowered = [choices[layer] == "int2" for layer in layers]
+        return 10.0 * (lowered[0] and lowered[1]) + 0.1 * sum(lowered[:2]) + 0.5 * sum(lowered[2:])
+
+    cost, pairs = [0.1, 0.1, 0.5, 0.5], measured_interactions(layers, "int2", "int8", loss)
+    count = lambda order: sum(choice == "int2" for choice in bisect_loss(order, "int2", "int8", loss, 1.2).values())
+    assert count(by_sensitivity(layers, cost)) == 1
+    assert count(by_sensitivity(layers, cost, pairs)) == 3
 
 
 NAMES = st.sampled_from(["0", "1", "10", "attention", "mlp", "up", "Dense_0", "a.b", "x+", "(y)"])

@@ -218,13 +218,37 @@ def test_costs_and_sizes_of_the_layers_of_a_model(measure):
         assert np.all(table.cost[:, 0] <= table.cost[:, 1])
     error = (up - fake_quant(up, "int4@row", axis=0)) ** 2
     if measure == "hessian":
-        mean, sem = found.trace["layers/1/up"]
+        mean, sem = found.curvature["layers/1/up"]
         assert cost["layers/1/up"][1] == pytest.approx(max(mean, 0) / up.size * float(jnp.sum(error)), rel=1e-4)
         assert sem > 0
     if measure == "fisher":
         gradients = jax.jit(jax.jacrev(losses))(WEIGHTS, TOKENS)["layers"]["0:2"]["up"]["fwd.w"]["weight"][:, 1]
         expected = jnp.sum(jnp.mean(gradients**2, axis=0) * error)
         assert cost["layers/1/up"][1] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_costs_by_the_top_eigenvalue_are_those_of_the_blocks_of_the_hessian():
+    """Two batches of one layer's exact block; power iteration reaches its eigenvalue from below."""
+    batches, formats = [TOKENS, TOKENS[::-1] // 2], ("int4@row", "int8@row")
+    found = layer_costs(losses, WEIGHTS, batches, formats, measure="eigenvalue", samples=60, key=jax.random.key(3))
+    up = WEIGHTS["layers"]["0:2"]["up"]["fwd.w"]["weight"]
+
+    def loss(own, batch):
+        whole = jax.tree.map(lambda leaf: leaf, WEIGHTS)
+        whole["layers"]["0:2"]["up"]["fwd.w"]["weight"] = up.at[1].set(own.reshape(up.shape[1:]))
+        return jnp.mean(losses(whole, batch))
+
+    hessians = [jax.jit(jax.hessian(loss))(up[1].ravel(), batch) for batch in batches]
+    largest = []
+    for hessian in hessians:
+        values = np.linalg.eigvalsh(np.asarray(hessian, np.float64))
+        largest.append(values[np.argmax(np.abs(values))])
+    mean, std = found.curvature["layers/1/up"]
+    assert mean == pytest.approx(np.mean(largest), rel=0.02)
+    assert std == pytest.approx(np.std(largest), abs=0.03 * abs(np.mean(largest)))
+    error = float(jnp.sum((up[1] - fake_quant(up[1], "int4@row", axis=0)) ** 2))
+    row = found.table.cost[found.table.layers.index("layers/1/up")]
+    assert row[0] == pytest.approx((abs(mean) + std) * error, rel=1e-4)
 
 
 def test_stored_bytes_count_the_scales():

@@ -1,6 +1,7 @@
 """`lowprec allocate` on a small run: a table, and a recipe that the other commands take."""
 
 import json
+import re
 
 import pytest
 
@@ -48,6 +49,45 @@ def test_a_run_trains_with_the_recipe_that_was_found(text, trained, tmp_path):
     assert json.loads((tmp_path / "run/config.json").read_text())["recipe"] == recipe
 
 
+def test_the_flat_layers_are_those_with_a_trace_below_the_mean(text, cells):
+    line = next(line for line in text.splitlines() if line.startswith("trace below the mean"))
+    pattern = line.rpartition(": ")[2]
+    traces = {row["layer"]: float(row["trace ± std. error"].partition(" ")[0]) for row in cells(text)}
+    mean = sum(traces.values()) / len(traces)
+    assert {layer for layer in traces if re.fullmatch(pattern, layer)} == {
+        layer for layer, value in traces.items() if value < mean
+    }
+
+
+def increase_of(text):
+    """(loss, bound, loss with plain weights)"""
+    line = next(line for line in text.splitlines() if line.startswith("loss "))
+    return tuple(float(number) for number in re.findall(r"\d+\.\d+", line))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["cost", "interactions"])
+def test_a_bound_of_the_loss(lowprec, trained, cells, order):
+    """By hand: within the bound, and one layer more down the order is beyond it; no bound at all lowers all layers."""
+    arguments = ("allocate", trained / "bf16", "--formats=int2@row,int8@row", "--measure=eigenvalue", "--samples=4")
+    status, everything, _ = lowprec(*arguments, "--batches=1", f"--order={order}", "--increase=1000")
+    assert status == 0 and {row["choice"] for row in cells(everything)} == {"int2@row"}
+    worst, _, plain = increase_of(everything)
+    assert worst > plain
+    status, half, _ = lowprec(*arguments, "--batches=1", f"--order={order}", f"--increase={(worst - plain) / 2}")
+    loss, bound, _ = increase_of(half)
+    assert status == 0 and loss <= bound < worst
+    rows = cells(half)
+    assert {row["choice"] for row in rows} == {"int2@row", "int8@row"}
+    if order == "cost":
+        change = lambda row: float(row["int2@row"]) - float(row["int8@row"])
+        lowered = [change(row) for row in rows if row["choice"] == "int2@row"]
+        assert max(lowered) <= min(change(row) for row in rows if row["choice"] == "int8@row")
+    recipe = recipes.parse(half.splitlines()[-1])
+    for row in rows:
+        assert str(recipe.rule_for(row["layer"]).fwd[1].format) == row["choice"]
+
+
 @pytest.mark.slow
 def test_the_command(lowprec, trained):
     status, output, _ = lowprec(
@@ -67,6 +107,13 @@ def test_the_command(lowprec, trained):
         (["--formats=int4@row,int8@rwo", "--bits=5"], "int8@r"),
         (["--formats=int4@row,int8@row", "--bits=5", "--solver=mlp"], "unknown solver 'mlp'; did you mean milp"),
         (["--formats=int4@row,int8@row", "--bits=5", "--measure=hesse"], "did you mean hessian"),
+        (["--formats=int4@row,int8@row", "--bits=5", "--increase=1"], "not allowed with"),
+        (["--formats=int4@row,int8@row"], "one of the arguments --bits --increase is required"),
+        (["--formats=int2@row,int4@row,int8@row", "--increase=1"], "chooses between two formats, not 3"),
+        (["--formats=int4@row,int8@row", "--increase=1", "--solver=milp"], "is for a budget of bits"),
+        (["--formats=int4@row,int8@row", "--bits=5", "--order=cost"], "is for a bound of the loss"),
+        (["--formats=int4@row,int8@row", "--increase=1", "--order=costs"], "unknown order of layers 'costs'"),
+        (["--formats=int2@row,int4@row", "--increase=-1", "--samples=2", "--measure=fisher"], "above the bound"),
         (["--formats=int4@row,int8@row", "--bits=2", "--measure=fisher"], "no choice of formats fits"),
     ],
 )

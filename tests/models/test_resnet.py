@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from lowprec import models
+from lowprec.errors import UsageError
 from lowprec.models import ModelConfig
 from lowprec.models.resnet import ResidualBlock
 from lowprec.nn import linen
+from lowprec.nn.outliers import COLLECTION, ENTRY
 
 IMAGES = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
 SMALL = ModelConfig("resnet", layers=1, width=4)
@@ -84,3 +86,28 @@ def test_recipes_serve_its_convolutions_and_leave_the_first_and_the_last_layer()
     rules = linen.quantize(model, "int8_full").layers(IMAGES)
     assert [path for path, rule in rules.items() if rule.exact] == ["embed/conv", "head"]
     assert len(rules) == 8
+
+
+def test_its_width_is_no_multiple_of_heads_which_it_has_not():
+    assert models.build(ModelConfig("resnet", layers=1, width=3), 10).config.width == 3
+    for name in ("llama", "unit_llama", "vit"):
+        with pytest.raises(UsageError, match=r"model.width 6 does not give 2 heads of an even size; .* is 8"):
+            ModelConfig(name, width=6, heads=2)
+
+
+def test_each_block_notes_how_extreme_its_sum_is():
+    """The residual stream of a block is what it hands to the next; it is not measured where nobody asks."""
+    model = models.build(SMALL, 10)
+    variables = positive(model, IMAGES)
+    _, noted = jax.jit(lambda images: model.apply(variables, images, mutable=[COLLECTION]))(IMAGES)
+    blocks = [f"stage{stage}_block0" for stage in range(3)]
+    assert sorted(noted[COLLECTION]) == blocks
+    # Blocks are unrolled: the last one gives the head its means.
+    pick = lambda block, method: block.name == "stage2_block0"
+    _, seen = jax.jit(lambda images: model.apply(variables, images, capture_intermediates=pick))(IMAGES)
+    y = np.asarray(seen[COLLECTION]["stage2_block0"]["__call__"][0], np.float64)
+    found = noted[COLLECTION]["stage2_block0"][ENTRY]
+    assert float(found["residual_infinity_norm"]) == pytest.approx(np.abs(y).max((1, 2, 3)).mean(), rel=1e-5)
+    fourth = ((y - y.mean()) ** 4).mean() / y.var() ** 2
+    assert float(found["residual_kurtosis"]) == pytest.approx(fourth, rel=1e-4)
+    assert COLLECTION not in model.apply(variables, IMAGES, mutable=["batch_stats"])[1]

@@ -1,5 +1,6 @@
 """The vision transformer."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from lowprec.errors import UsageError
 from lowprec.models import ModelConfig, vit
 from lowprec.models.vit import EncoderBlock, positions
 from lowprec.nn import linen
+from lowprec.nn.outliers import COLLECTION, ENTRY
 
 CONFIG = ModelConfig("vit", layers=2, width=16, heads=2, patch=2)
 IMAGES = np.random.default_rng(0).normal(size=(3, 8, 8, 2)).astype(np.float32)
@@ -77,3 +79,23 @@ def test_recipes_serve_all_products_between_the_first_layer_and_the_head():
     assert {path for path, rule in attention.items() if rule.exact} == {
         f"layers/{i}/attention/{name}" for i in range(2) for name in ("scores", "context")
     }
+
+
+def test_each_layer_notes_how_extreme_its_sum_and_its_attention_are(variables):
+    _, noted = jax.jit(lambda images: MODEL.apply(variables, images, mutable=[COLLECTION]))(IMAGES)
+    found = noted[COLLECTION]["layers"]["0:2"][ENTRY]
+    assert set(found) == {f"{name}_{number}" for name in ("residual", "attention")
+                          for number in ("kurtosis", "infinity_norm")}  # fmt: skip
+    # Layer by layer, and the last one's sum is what the final norm is given.
+    seen = {}
+
+    def spy(next_function, args, kwargs, context):
+        if context.module.name == "final_norm":
+            seen["x"] = np.asarray(args[0])
+        return next_function(*args, **kwargs)
+
+    with nn.intercept_methods(spy):
+        MODEL.apply(variables, IMAGES)
+    largest = np.abs(seen["x"]).max((1, 2)).mean()
+    np.testing.assert_allclose(found["residual_infinity_norm"][1], largest, rtol=1e-5)
+    assert all(leaf.shape == (2,) and np.all(leaf > 0) for leaf in found.values())

@@ -9,8 +9,10 @@ from lowprec.errors import UsageError
 from lowprec.ops import GemmRule, initial_variables, next_state, qdot
 from lowprec.quantizers import EXACT, REUSE, AbsMean, Clip, Hadamard, Quantizer
 from lowprec.quantizers.affine import RunningRange
-from lowprec.quantizers.blend import Blend
+from lowprec.quantizers.blend import BEFORE, Blend, part_of
+from lowprec.quantizers.delayed import Delayed
 from lowprec.quantizers.learned_rules import LearnedStep
+from lowprec.quantizers.rank_decay import RankDecay
 
 STEPS = 4
 X, W = jax.random.normal(jax.random.key(0), (6, 32)), 0.1 * jax.random.normal(jax.random.key(1), (32, 5))
@@ -22,6 +24,7 @@ AFTER = {
     "learned": Quantizer("int4@tensor", scale=LearnedStep()),
     "range": Quantizer("uint8@tensor", scale=RunningRange()),
 }
+BRIDGE = Quantizer("int4@row", scale=RankDecay())
 
 
 def rule_of(x, w):
@@ -126,8 +129,47 @@ def test_what_a_blend_remembers_goes_on():
     jax.tree.map(np.testing.assert_array_equal, state, plain)
 
 
+BEFORES = {
+    "learned": Quantizer("int3@tensor", scale=LearnedStep()),
+    "range": Quantizer("uint4@tensor", scale=RunningRange()),
+    "delayed": Quantizer("e4m3fn@tensor", scale=Delayed(history=4)),
+}
+
+
+@pytest.mark.parametrize("last", ["learned", "range"])
+@pytest.mark.parametrize("first", BEFORES)
+def test_both_ends_may_learn_and_remember(first, last):
+    """At λ = 0 values and gradients are those of the first, with its variables; both go on as they would alone."""
+    before, after = BEFORES[first], AFTER[last]
+    mixed = Quantizer(after.format, scale=Blend(before, after, STEPS))
+    rules = {"before": rule_of(before, EXACT), "after": rule_of(after, EXACT), "mixed": rule_of(mixed, EXACT)}
+    variables = {name: initial_variables(X, W, rule) for name, rule in rules.items()}
+    for _ in range(2):
+        for share, name, prefix in ((0, "before", BEFORE), (1, "after", "")):
+            blended = at(share, rules["mixed"], variables["mixed"])
+            y, dx, dw, learned = product(rules["mixed"], X, W, blended)
+            expected = product(rules[name], X, W, variables[name])
+            # A delayed scale stands outside of a plain product, and inside of a blend's.
+            tolerance = 1e-6 if (first, name) == ("delayed", "before") else 0
+            for a, b in zip((y, dx, dw), expected, strict=False):
+                np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+            of_x = part_of(learned.get("fwd.x", {}), prefix)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), of_x, expected[3].get("fwd.x", {}))
+        for name, rule in rules.items():
+            now = variables[name]
+            loss = lambda slots, rule=rule, now=now: jnp.sum(qdot(X, W, rule, variables=now._replace(slots=slots)))
+            seen = jax.grad(loss)(now.slots)
+            variables[name] = now._replace(state=next_state(rule, now.state, seen))
+        of_x = variables["mixed"].state["fwd.x"]
+        assert float(of_x["blend_steps"]) > 0
+        for name, prefix in (("before", BEFORE), ("after", "")):
+            alone = variables[name].state.get("fwd.x", {})
+            jax.tree.map(np.testing.assert_array_equal, part_of(of_x, prefix), dict(alone))
+
+
 def test_impossible_blends_are_refused():
     with pytest.raises(UsageError, match="at least one step, not 0"):
         Blend(EXACT, TERNARY, 0)
-    with pytest.raises(UsageError, match="starts from a quantizer without variables"):
-        Blend(AFTER["learned"], TERNARY, 1)
+    for before, after in ((BRIDGE, TERNARY), (EXACT, BRIDGE)):
+        with pytest.raises(UsageError, match="is a bridge between two quantizers already"):
+            Blend(before, after, 1)

@@ -12,14 +12,16 @@ from lowprec.recipes.recipe import Recipe, everywhere, forward_only
 SOURCE = "AST, arXiv 2407.20584"
 
 
-def sparse_weights(name: str, fmt: str, source: str) -> Recipe:
-    """Inputs as they are."""
-    gemm = GemmRule(fwd=(EXACT, Quantizer(fmt, scale=Sparse())), dgrad=(EXACT, REUSE))
-    return everywhere(name, gemm, source)
+def sparse_weights(name: str, source: str, scale: Sparse) -> Recipe:
+    """Of weights that are not quantized; inputs as they are."""
+    gemm = GemmRule(fwd=(EXACT, Quantizer("float32", scale=scale)), dgrad=(EXACT, REUSE))
+    return everywhere(name, gemm, f"{SOURCE}: 2:4 sparse weights, {source}")
 
 
 RECIPES = (
-    sparse_weights("ast_2_4", "float32", f"{SOURCE}: 2:4 sparse weights, straight-through to the masked ones"),
+    sparse_weights("ast_2_4", "straight-through to the masked ones", Sparse()),
+    sparse_weights("ast_2_4_wanda", "those with the largest products with their inputs", Sparse(importance="wanda")),
+    sparse_weights("ast_2_4_slorb", "and a weight for every 64 inputs of an output (SLoRB)", Sparse(blocks=64)),
     forward_only(
         "ast_2_4_int8",
         Quantizer("int8@row"),
