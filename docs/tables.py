@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/recipes from the registries: `python -m docs.tables [--measure [PAGE …]]`.
+"""Writes the tables of README.md and docs from the registries: `python -m docs.tables [--measure [PAGE …]]`.
 
 A test holds that they are current. With --measure the errors of products are measured too, which takes some minutes.
 """
@@ -11,21 +11,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
 from lowprec import formats, recipes
 from lowprec.analysis.format_table import bits_per_value
+from lowprec.analysis.optimizer_table import optimizers_table, states_table
 from lowprec.analysis.product_errors import errors_table
 from lowprec.analysis.table import markdown_table
 from lowprec.ops import GemmRule
 from lowprec.quantizers import DifferentiableGradient, Quantizer
 from lowprec.recipes import Recipe, library
-from lowprec.training import optimizer
-from lowprec.training.config import OptimizerConfig
 
 README = Path(__file__).parents[1] / "README.md"
 PAGES = Path(__file__).parent / "recipes"
+OPTIMIZERS = Path(__file__).parent / "optimizers.md"
 
 Row = tuple[str, ...]
 
@@ -134,19 +131,11 @@ def _short(q: Quantizer) -> str:
     return " ".join(filter(None, (text, *marks)))
 
 
-def optimizers_table() -> str:
-    rows = []
-    params = {"kernel": jnp.zeros((1000, 1000))}
-    for name in optimizer.names():
-        state = jax.eval_shape(optimizer.build_optimizer(OptimizerConfig(name=name), 100).init, params)
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        rows.append((name, f"{size / 1e6:.3g}"))
-    return markdown_table(("optimizer", "bytes of state a parameter"), rows, left=1)
-
-
 Tables = Mapping[str, Callable[[], str]]
 
 TABLES: Tables = {"formats": formats_table, "recipes": recipes_table, "optimizers": optimizers_table}
+# Of docs/optimizers.md.
+STATES: Tables = {"states": states_table}
 
 
 def page_tables(family: Sequence[Recipe], measure: bool) -> Tables:
@@ -165,12 +154,13 @@ def with_tables(text: str, tables: Tables = TABLES) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes the tables of README.md and docs/recipes.")
+    parser = argparse.ArgumentParser(description="Writes the tables of README.md and docs.")
     parser.add_argument(
         "--measure", nargs="*", metavar="PAGE", help="measure errors anew, on these pages or on all (minutes)"
     )
     measure = parser.parse_args().measure
     README.write_text(with_tables(README.read_text()))
+    OPTIMIZERS.write_text(with_tables(OPTIMIZERS.read_text(), STATES))
     for name, family in families().items():
         page = PAGES / f"{name}.md"
         wanted = measure is not None and (not measure or name in measure)

@@ -101,7 +101,7 @@ def _allocate(arguments: argparse.Namespace, extra: list[str]) -> int:
     _refuse(extra)
     from lowprec.analysis.allocate_run import allocate_run, split_formats
 
-    names = ("bits", "measure", "solver", "samples", "batches", "step", "rule")
+    names = ("bits", "increase", "measure", "solver", "order", "samples", "batches", "step", "rule")
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     print(allocate_run(arguments.directory, formats=split_formats(arguments.formats), **options))
     return DONE
@@ -177,6 +177,14 @@ def _recipes(arguments: argparse.Namespace, extra: list[str]) -> int:
     return DONE
 
 
+def _optimizers(arguments: argparse.Namespace, extra: list[str]) -> int:
+    _refuse(extra)
+    from lowprec.analysis.optimizer_table import optimizer_details, optimizers_table
+
+    print(optimizer_details(arguments.name) if arguments.name else optimizers_table())
+    return DONE
+
+
 def _refuse(extra: list[str]) -> None:
     if extra:
         raise UsageError(f"unknown argument {extra[0]!r} (--help lists what this command takes)")
@@ -188,7 +196,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="lowprec", description="Low-precision training, recipe by recipe.")
     parser.add_argument("--version", action="version", version=f"lowprec {lowprec.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_train_parser, _eval_parser, _allocate_parser, _report_parser, _formats_parser, _recipes_parser):
+    adders = (_train_parser, _eval_parser, _allocate_parser, _report_parser)
+    for add in (*adders, _formats_parser, _recipes_parser, _optimizers_parser):
         add(commands)
     names = list(commands.choices)
     if argv and not argv[0].startswith("-") and argv[0] not in names:
@@ -231,15 +240,22 @@ def _allocate_parser(commands) -> None:
         commands,
         "allocate",
         _allocate,
-        "a format for each layer of a trained run, within a budget of bits, as a recipe",
+        "a format for each layer of a trained run, within a budget of bits or of loss, as a recipe",
         epilog="The last line is the recipe, as config.recipe takes it.",
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="of the run")
     parser.add_argument("--formats", metavar="NAME,NAME,...", required=True, help="the candidates: int4@row,int8@row")
-    parser.add_argument("--bits", type=float, required=True, help="stored for a weight on average, with its scales")
-    parser.add_argument("--measure", help="of sensitivity: hessian (if not given), fisher or path")
-    parser.add_argument("--solver", help="milp (if not given; needs scipy) or greedy")
-    parser.add_argument("--samples", type=int, help="draws of the trace, or points of the path; 16 if not given")
+    limit = parser.add_mutually_exclusive_group(required=True)
+    limit.add_argument("--bits", type=float, help="stored for a weight on average, with its scales")
+    limit.add_argument(
+        "--increase", type=float, metavar="NATS", help="of the loss, at most: the smaller of two formats in more layers"
+    )
+    parser.add_argument("--measure", help="of sensitivity: hessian (if not given), eigenvalue, fisher or path")
+    parser.add_argument("--solver", help="with --bits: milp (if not given; needs scipy) or greedy")
+    parser.add_argument("--order", help="of layers, with --increase: cost (if not given) or interactions of pairs")
+    parser.add_argument(
+        "--samples", type=int, help="draws of the trace, power iterations or points of the path; 16 if not given"
+    )
     parser.add_argument("--batches", type=int, help="of held-out data; as in the run if not given")
     parser.add_argument("--step", type=int, help="of the checkpoint; the newest if not given")
     parser.add_argument(
@@ -291,3 +307,8 @@ def _recipes_parser(commands) -> None:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help='e.g. nvfp4, or a short form, e.g. "fwd=int4@row wgrad=bf16"'
     )
+
+
+def _optimizers_parser(commands) -> None:
+    parser = _add(commands, "optimizers", _optimizers, "all named optimizers, or what one does and can be told")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="e.g. stable_adam4")

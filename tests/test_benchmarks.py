@@ -42,3 +42,12 @@ def test_saved_activations_are_fewer_bytes(tmp_path):
     benchmark("saved_activations", "--only", "fp8 all", *small, "--json", str(table))
     found = json.loads(table.read_text())
     assert found["fp8 all"]["residuals"] < 0.5 * found["plain"]["residuals"]
+
+
+def test_optimizers_of_few_bits_have_few_bytes(tmp_path):
+    table = tmp_path / "table.json"
+    benchmark("optimizers", "--millions", "0.05", "--seconds", "0", "--only", "adam8", "--json", str(table))
+    found = json.loads(table.read_text())
+    assert set(found) == {"adam8", "adam8, fused"}
+    # A scale for each of 64 columns: 4 bytes of v, 2 of m.
+    assert all(row["state_bytes"] < 2.15 * 50_000 and row["cpu"] > 0 for row in found.values())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.tables import PAGES, families, page_tables, with_tables
+from docs.tables import OPTIMIZERS, PAGES, STATES, families, page_tables, with_tables
 from lowprec.analysis.product_errors import errors_table
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -57,6 +57,11 @@ def test_every_family_of_recipes_has_a_page_and_a_line_in_the_index():
 def test_the_tables_of_a_page_are_current(family):
     text = (PAGES / f"{family}.md").read_text()
     assert with_tables(text, page_tables(families()[family], measure=False)) == text, "run python -m docs.tables"
+
+
+def test_the_bytes_of_optimizer_states_are_those_measured():
+    text = OPTIMIZERS.read_text()
+    assert with_tables(text, STATES) == text, "run python -m docs.tables"
 
 
 @pytest.mark.parametrize("family", families())

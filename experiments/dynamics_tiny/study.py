@@ -2,86 +2,41 @@
 
     python -m experiments.dynamics_tiny.study
 
-Trains a tiny Llama by every variant below; results are added to results.jsonl as they come, what is there is not
-repeated. Prints the tables and the claims, and draws figure.png.
+Trains a tiny Llama by every variant of variants.py; results are added to results.jsonl as they come, what is there is
+not repeated. Prints the tables and the claims, and draws figure.png.
 """
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from experiments.paired import SEEDS, Gap, command_line, numbers, train_missing, verdict
+from experiments.dynamics_tiny.report import draw, report
+from experiments.dynamics_tiny.variants import ATTENTION, CONFIG, UNTRAINED, VARIANTS, WIDTHS
+from experiments.paired import SEEDS, command_line, train_missing
 from lowprec import recipes
-from lowprec.recipes import FormatSearch, Recipe
 
-STEPS, SWITCH, RAMP = 150, 60, 15
-CONFIG = {
-    "data.seq_len": 64,
-    "model.layers": 2,
-    "model.width": 64,
-    "model.heads": 2,
-    "train.steps": STEPS,
-    "train.batch_size": 16,
-    "optimizer.lr": 2e-3,  # the best for bf16 in experiments/recipes_tiny
-    "eval.batches": 20,
-}
+if TYPE_CHECKING:
+    from lowprec.training.objective_choice import Teacher
+    from lowprec.training.program import Program
+    from lowprec.training.state import TrainState
 
-
-@dataclass(frozen=True)
-class Variant:
-    """A recipe or a schedule of them, and the plain variant to compare it with."""
-
-    recipe: str | Recipe
-    baseline: str = "bf16"
-
-
-# Of a policy twenty times as fast as the paper's, which would still draw uniformly at the end of so short a run.
-FAST_SEARCH = replace(recipes.get("fliqs_6"), control=FormatSearch(6.0, learning_rate=0.1))
-
-VARIANTS = {
-    "bf16": Variant("bf16"),
-    "bitnet158": Variant("bitnet158"),
-    "switch": Variant("bf16 then bitnet158 at 40%", "bitnet158"),
-    "switch, ramp": Variant("bf16 then bitnet158 at 40% over 10%", "bitnet158"),
-    "switch, reset": Variant("bf16 then bitnet158 at 40% reset", "bitnet158"),
-    "int6_qat": Variant("int6_qat"),
-    "adapt": Variant("adapt", "int6_qat"),
-    "fliqs_6, fast": Variant(FAST_SEARCH, "int6_qat"),
-}
-SWITCHES = ("switch", "switch, ramp", "switch, reset")
-CONTROLLED = ("adapt", "fliqs_6, fast")
-
-# (claim, of which number, the variant that should have more, the variant that should have less)
-CLAIMS = (
-    ("a switch beats 1.58 bits from the start", "loss", "bitnet158", "switch"),
-    ("a ramp improves the end", "loss", "switch", "switch, ramp"),
-    ("a ramp lowers the spike", "spike", "switch", "switch, ramp"),
-    ("the optimizer's state is worth keeping", "loss", "switch, reset", "switch"),
-    ("a reset raises the spike", "spike", "switch, reset", "switch"),
-    ("switched word lengths beat six bits everywhere", "loss", "int6_qat", "adapt"),
-    ("searched formats beat six bits everywhere", "loss", "int6_qat", "fliqs_6, fast"),
-)
+# Runs of bf16, by seed, whose weights others begin with and whose outputs some learn from.
+TEACHERS = Path(__file__).parents[2] / "runs/dynamics_tiny"
+# Numbers of each step that are averaged over the second half of a run, where they have settled.
+AVERAGED = ("flip_rate", "frozen_scales", "frozen_weights", "oscillating_weights")
 
 
 def run(label: str, seed: int) -> dict:
-    """One run: its losses in nats a token and, of a controller, the mean bits of the layers at each step."""
-    import numpy as np
-
-    from lowprec.training.config import resolve
-    from lowprec.training.program import Program
-
-    program = Program(resolve({**CONFIG, "seed": seed}))
-    stages = recipes.parse_schedule(VARIANTS[label].recipe).stages(STEPS, CONFIG["model.layers"])
-    # A config takes recipes by name; the search here has none.
-    program.stages = tuple(replace(program.now, stage=stage) for stage in stages)
-    state, batches, measured = program.initial_state(), iter(program.batches()), []
-    for step in range(STEPS):
-        if step and program.next_start(None) == step:
-            state = program.enter(program.stage + 1, state)
-        state, metrics = program.train_step(state, program.put(next(batches)))
-        measured.append((program.now, metrics))
-    lines = [stage.read_metrics(np.asarray(metrics)) for stage, metrics in measured]
+    """One run: its losses in nats a token, and what its family is asked about."""
+    teacher = _teacher(seed) if VARIANTS[label].trained else None
+    program = _build(label, seed, teacher)
+    state = program.initial_state()
+    if teacher is not None:
+        # Learned scales begin anew, from these weights.
+        state = program.enter(0, state._replace(params=teacher.variables["params"]))
+    state, lines = _train(program, state)
     record = {
         "variant": label,
         "seed": seed,
@@ -92,84 +47,96 @@ def run(label: str, seed: int) -> dict:
         record["bits"] = [round(sum(line["bits"].values()) / len(line["bits"]), 3) for line in lines]
     if "format_entropy" in lines[-1]:
         record["entropy"] = lines[-1]["format_entropy"]
+    second_half = lines[len(lines) // 2 :]
+    record |= {name: _mean([line[name] for line in second_half]) for name in AVERAGED if name in lines[-1]}
+    if label in ATTENTION:
+        record |= _untrained_losses(program, state) | _outliers(program, state)
+    if label == "nested, joint":
+        record |= _losses_by_width(program, state)
     return record
 
 
-def measures(path: Path) -> dict[str, dict[str, dict[int, float]]]:
-    """Number -> label -> seed -> value, from a results.jsonl.
+def train_teacher(seed: int) -> None:
+    """The run of "bf16" as `lowprec train` makes it; when it is there, nothing happens."""
+    from lowprec.training import train
 
-    "loss" on held-out text; "spike": by how much the training loss exceeds that of bf16 on the same data at most, from
-    the switch to ten steps after its ramp (in all variants, whether they have one or not).
-    """
-    training, window = numbers(path, "train_loss"), slice(SWITCH, SWITCH + RAMP + 10)
-    spikes = {
-        label: {seed: max(_minus(losses, training["bf16"][seed])[window]) for seed, losses in training[label].items()}
-        for label in SWITCHES
-    }
-    return {"loss": numbers(path), "spike": spikes}
+    train({**CONFIG, "recipe": "bf16", "seed": seed, "eval.every": 0, "checkpoint.every": 0}, TEACHERS / f"{seed}")
 
 
-def report(path: Path) -> str:
-    """The tables of losses, of spikes, of bits and of claims."""
-    from lowprec.analysis.table import markdown_table
+def _build(label: str, seed: int, teacher: "Teacher | None" = None) -> "Program":
+    from lowprec.training.config import resolve
+    from lowprec.training.program import Program
 
-    found, bits, seeds = measures(path), numbers(path, "bits"), [f"seed {seed}" for seed in SEEDS]
-    loss, rows = found["loss"], []
-    for label, variant in VARIANTS.items():
-        plain = "" if label == variant.baseline else variant.baseline
-        gap = str(Gap.between(loss, label, plain)) if plain else ""
-        rows.append((label, *(f"{loss[label][seed]:.4f}" for seed in SEEDS), plain, gap))
-    tables = [markdown_table(("held-out loss", *seeds, "baseline", "minus it"), rows)]
-    rows = [(label, *(f"{found['spike'][label][seed]:+.4f}" for seed in SEEDS)) for label in SWITCHES]
-    tables.append(markdown_table(("spike", *seeds), rows))
-    rows = []
-    for label in CONTROLLED:
-        means = [sum(bits[label][seed]) / STEPS for seed in SEEDS]
-        rows.append((label, *(f"{bits[label][seed][-1]:.2f}" for seed in SEEDS), f"{sum(means) / len(means):.2f}"))
-    tables.append(markdown_table(("bits at the end", *seeds, "mean over the run"), rows))
-    verdicts = []
-    for claim, number, more, less in CLAIMS:
-        gap = Gap.between(found[number], more, less)
-        verdicts.append((claim, str(gap), verdict(gap)))
-    return "\n\n".join([*tables, markdown_table(("claim", "difference", "seen"), verdicts)])
+    variant = VARIANTS[label]
+    named = {"recipe": variant.recipe} if isinstance(variant.recipe, str) else {}
+    program = Program(resolve({**CONFIG, **variant.config, **named, "seed": seed}), teacher=teacher)
+    if not named:
+        # A config takes recipes by name; this one has none.
+        stages = recipes.parse_schedule(variant.recipe).stages(CONFIG["train.steps"], CONFIG["model.layers"])
+        program.stages = tuple(replace(program.now, stage=stage) for stage in stages)
+    return program
 
 
-def draw(path: Path, output: Path) -> None:
-    """The loss around the switch, the distance of each variant from its baseline, and bits over the run."""
-    from lowprec.analysis.figures import new_figure, save_figure
+def _train(program: "Program", state: "TrainState") -> "tuple[TrainState, list[dict[str, Any]]]":
+    """The state after all steps, and what each measured."""
+    import numpy as np
 
-    figure = new_figure(13, 4.5)
-    left, middle, right = figure.subplots(1, 3)
-    training, loss, bits = numbers(path, "train_loss"), numbers(path), numbers(path, "bits")
-    for color, label in enumerate((*SWITCHES, "bitnet158")):
-        for seed in SEEDS:
-            excess = _minus(training[label][seed], training["bf16"][seed])
-            left.plot(excess, color=f"C{color}", linewidth=0.9, alpha=0.7, label="" if seed else label)
-    left.axvline(SWITCH, color="0.6", linewidth=1)
-    left.set(xlabel="step", ylabel="training loss minus that of bf16", xlim=(SWITCH - 15, STEPS))
-    left.legend(fontsize=8)
-    labels = [label for label, variant in VARIANTS.items() if label != variant.baseline]
-    for row, label in enumerate(reversed(labels)):
-        gaps = _minus(*([loss[each][seed] for seed in SEEDS] for each in (label, VARIANTS[label].baseline)))
-        middle.plot(gaps, [row] * len(gaps), "o", color="C0", alpha=0.6)
-    middle.set_yticks(range(len(labels)), [f"{label} − {VARIANTS[label].baseline}" for label in reversed(labels)])
-    middle.tick_params(axis="y", labelsize=8)
-    middle.axvline(0, color="0.6", linewidth=1)
-    middle.set_xlabel("difference of held-out loss, nats/token")
-    for color, label in enumerate(CONTROLLED):
-        for seed in SEEDS:
-            right.plot(bits[label][seed], color=f"C{color}", linewidth=0.9, alpha=0.7, label="" if seed else label)
-    right.set(xlabel="step", ylabel="bits, mean over the layers")
-    right.legend(fontsize=8)
-    save_figure(figure, output)
+    batches, measured = iter(program.batches()), []
+    for step in range(program.config.train.steps):
+        if step and program.next_start(None) == step:
+            state = program.enter(program.stage + 1, state)
+        state, metrics = program.train_step(state, program.put(next(batches)))
+        measured.append((program.now, metrics))
+    return state, [stage.read_metrics(np.asarray(metrics)) for stage, metrics in measured]
 
 
-def _minus(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    return [a - b for a, b in zip(first, second, strict=True)]
+def _teacher(seed: int) -> "Teacher":
+    from lowprec.training.objective_choice import Teacher
+    from lowprec.training.standalone_evaluation import open_run
+
+    program, checkpoint, _ = open_run(TEACHERS / f"{seed}")
+    return Teacher(program.now.quantized, checkpoint.state.variables, program.outputs, program.config.hash())
+
+
+def _untrained_losses(program: "Program", state: "TrainState") -> dict[str, float]:
+    """Held-out losses under recipes that the model was not trained for."""
+    from lowprec.training.program import Program
+
+    found = {}
+    for name, recipe in UNTRAINED.items():
+        other = Program(replace(program.config, recipe=recipe), program.data)
+        variables = other.initial_variables(state.params, state.model_state)
+        found[f"eval_loss_{name}"] = other.evaluate(variables).quantized.loss
+    return found
+
+
+def _outliers(program: "Program", state: "TrainState") -> dict[str, float]:
+    """Of activations the worst layer, of attention weights the mean over the layers."""
+    measured = program.measure_outliers(state.variables).by_number()
+    mean = {name: _mean(values) for name, values in measured.items() if name in ("sink_rate", "sparsity")}
+    return {name: max(values) for name, values in measured.items()} | mean
+
+
+def _losses_by_width(program: "Program", state: "TrainState") -> dict[str, float]:
+    """Held-out losses of a nested model read at each of its widths, with the steps learned for it."""
+    from lowprec.training.config import ObjectiveConfig
+    from lowprec.training.program import Program
+
+    found = {}
+    for width in WIDTHS:
+        config = replace(program.config, recipe=f"nested_{width}", objective=ObjectiveConfig())
+        found[f"eval_loss_{width}"] = Program(config, program.data).evaluate(state.variables).quantized.loss
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = command_line("dynamics_tiny", __doc__, argv)
+    for seed in SEEDS:
+        train_teacher(seed)
     train_missing(arguments.results, run, VARIANTS, arguments.jobs)
     print(f"\n{report(arguments.results)}")
     draw(arguments.results, arguments.figure)

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from lowprec.errors import UsageError
+from lowprec.optim.conversion import require_formats, stored_formats
 from lowprec.training.run_directory import read_json, write_json
 from lowprec.training.state import Quantizers, TrainState
 
@@ -91,7 +92,8 @@ class Checkpoints:
 
         self.directory.mkdir(parents=True, exist_ok=True)
         _require_space(self.directory, state)
-        progress = {**progress, "state_sha256": state_sha256(state)}
+        formats = stored_formats(state.opt_state)
+        progress = {**progress, "state_sha256": state_sha256(state)} | ({"state_formats": formats} if formats else {})
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(_stored(state)),
             data=ocp.args.JsonSave(data),
@@ -115,7 +117,8 @@ class Checkpoints:
           abstract: shapes, dtypes and shardings, or a function that gives them for a checkpoint's progress.
           step: the one wanted, instead of the newest.
         Raises:
-          UsageError: (a ValueError) there are some, and none can be read; or there is none of that step.
+          UsageError: (a ValueError) there are some, and none can be read; or there is none of that step; or moments of
+            the optimizer are stored in other formats than is asked for: `optim.convert_state` converts them.
         """
         steps = self.steps()
         if step is not None and step not in steps:
@@ -125,6 +128,8 @@ class Checkpoints:
         for candidate in reversed(steps if step is None else [step]):
             try:
                 return self._read(candidate, abstract), damaged
+            except _OtherFormats:
+                raise
             except Exception as error:  # Orbax and its readers fail in many ways; each means: not this one
                 damaged.append(Damaged(self.directory / str(candidate), _first_line(error)))
         if not damaged:
@@ -151,6 +156,7 @@ class Checkpoints:
             if not isinstance(found.progress, dict) or not isinstance(found.data, dict):
                 raise ValueError("it has no progress or no position in the data")
             wanted = abstract(found.progress) if callable(abstract) else abstract
+            _require_formats(wanted, found.progress)
             fields = manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_stored(wanted)))
             ).state
@@ -182,6 +188,17 @@ def _stored(state: TrainState) -> dict[str, Any]:
     later = ("control", "objective")
     quantizers = {name: tree for name, tree in state.quantizers._asdict().items() if name not in later or tree}
     return fields | {"quantizers": quantizers}
+
+
+class _OtherFormats(UsageError):
+    """The checkpoint is sound, but not of what is asked for."""
+
+
+def _require_formats(wanted: TrainState, progress: Mapping[str, Any]) -> None:
+    try:
+        require_formats(wanted.opt_state, progress.get("state_formats", {}))
+    except UsageError as error:
+        raise _OtherFormats(str(error)) from None
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ run = resolve(config)                    # RunConfig; wrong keys, types and valu
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from lowprec import recipes
 from lowprec.data import DataConfig
-from lowprec.errors import UsageError, unknown
+from lowprec.errors import UsageError, require, unknown
 from lowprec.models import ModelConfig
+from lowprec.training.optimizer_config import OptimizerConfig
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -29,11 +29,6 @@ NOT_SEMANTIC = (
 )
 # Counted up when the same config comes to mean another computation.
 SCHEMA = 1
-
-
-def _check(condition: bool, key: str, need: str, value: object) -> None:
-    if not condition:
-        raise UsageError(f"{key} is {need}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -54,66 +49,10 @@ class TrainConfig:
     update: str = ""
 
     def __post_init__(self):
-        _check(self.steps >= 1, "train.steps", "at least 1", self.steps)
-        _check(self.batch_size >= 1, "train.batch_size", "at least 1", self.batch_size)
+        require(self.steps >= 1, "train.steps", "at least 1", self.steps)
+        require(self.batch_size >= 1, "train.batch_size", "at least 1", self.batch_size)
         divides = self.accumulate >= 1 and self.batch_size % self.accumulate == 0
-        _check(divides, "train.accumulate", f"a divisor of train.batch_size {self.batch_size}", self.accumulate)
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """The update rule; the defaults are the set-up that QuEST and Quartet share, but for the learning rate.
-
-    Attributes:
-      name: one of `training.optimizer.names()`.
-      lr: the peak learning rate.
-      b1: decay of the first moment (adamw, sparse_adamw), momentum (sgd).
-      b2: decay of the second moment.
-      eps: added to its root.
-      weight_decay: decoupled, times the learning rate; not for norms and biases.
-      schedule: of learning rate and weight decay, one of `training.schedules.names()`.
-      warmup_fraction: of all steps, over which the learning rate rises from a hundredth.
-      final_fraction: of the peak, to which it falls at the last step.
-      clip: the largest global norm of the gradient; 0: no clipping.
-      quant_lr: peak learning rate of learned quantizer parameters, relative to their size.
-      quant_weight_decay: of learned quantizer parameters (PACT's clips, the bit widths of PQT).
-      masked_decay: of sparse_adamw: the strength that pulls weights outside of the 2:4 mask towards zero.
-      masked_decay_steps: over which it rises from 0.
-      freeze_oscillations: weights whose codes oscillate more often than this (a frequency, e.g. 0.02) are frozen for
-        the rest of the run; 0: none.
-    """
-
-    name: str = "adamw"
-    lr: float = 4e-3
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    schedule: str = "one_cycle"
-    warmup_fraction: float = 0.1
-    final_fraction: float = 0.1
-    clip: float = 1.0
-    quant_lr: float = 4e-3
-    quant_weight_decay: float = 0.0
-    masked_decay: float = 6e-5
-    masked_decay_steps: int = 10_000
-    freeze_oscillations: float = 0.0
-
-    def __post_init__(self):
-        for name in ("lr", "quant_lr"):
-            rate = getattr(self, name)
-            _check(0 <= rate < math.inf, f"optimizer.{name}", "at least 0 and finite", rate)
-        for name in ("b1", "b2"):
-            _check(0 <= getattr(self, name) < 1, f"optimizer.{name}", "from 0 to below 1", getattr(self, name))
-        _check(self.eps > 0, "optimizer.eps", "above 0", self.eps)
-        for name in ("weight_decay", "quant_weight_decay", "masked_decay"):
-            _check(getattr(self, name) >= 0, f"optimizer.{name}", "at least 0", getattr(self, name))
-        for name in ("warmup_fraction", "final_fraction"):
-            _check(0 <= getattr(self, name) <= 1, f"optimizer.{name}", "from 0 to 1", getattr(self, name))
-        _check(self.clip >= 0, "optimizer.clip", "at least 0 (0: none)", self.clip)
-        _check(self.masked_decay_steps >= 1, "optimizer.masked_decay_steps", "at least 1", self.masked_decay_steps)
-        limit = self.freeze_oscillations
-        _check(0 <= limit < 1, "optimizer.freeze_oscillations", "from 0 (none) to below 1", limit)
+        require(divides, "train.accumulate", f"a divisor of train.batch_size {self.batch_size}", self.accumulate)
 
 
 @dataclass(frozen=True)
@@ -132,10 +71,15 @@ class ObjectiveConfig:
         attention weights, "layers/\\d+/attention/map". Its loss is that of distillation.
       until: of teacher_intervention: the fraction of train.steps after which it ends.
       fade: of teacher_intervention: the fraction of train.steps over which the teacher's share falls before that.
+      phases: of teacher_intervention, instead of places and until: several places, one after the other without it,
+        "layers/\\d+/mlp until 0.25; layers/\\d+/attention until 0.5".
       rho: of sam and gaqat: the length of the step by which weights are moved.
       threshold: of gaqat: the disorder above which a learned scale is held for a window.
       window: of gaqat, in steps.
-      widths: of widths: at which the weights of a nested recipe are read, e.g. "8,6,4,2"; the loss is the mean.
+      widths: of widths: at which the weights of a nested recipe are read, e.g. "8,6,4,2"; the loss is the mean. With
+        the recipe nested one of them is drawn for each layer and step.
+      insensitive: of widths with nested: a pattern of layer paths, for which few bits are drawn more often than many
+        and for all others many; "": equal chances.
     """
 
     name: str = ""
@@ -147,19 +91,21 @@ class ObjectiveConfig:
     places: str = r"layers/\d+/attention"
     until: float = 0.5
     fade: float = 0.0
+    phases: str = ""
     rho: float = 0.05
     threshold: float = 0.3
     window: int = 350
     widths: str = "8,6,4,2"
+    insensitive: str = ""
 
     def __post_init__(self):
         for name in ("alpha", "until", "fade", "threshold"):
-            _check(0 <= getattr(self, name) <= 1, f"objective.{name}", "from 0 to 1", getattr(self, name))
-        _check(self.temperature > 0, "objective.temperature", "above 0", self.temperature)
-        _check(self.top_k >= 0, "objective.top_k", "at least 0 (0: all)", self.top_k)
+            require(0 <= getattr(self, name) <= 1, f"objective.{name}", "from 0 to 1", getattr(self, name))
+        require(self.temperature > 0, "objective.temperature", "above 0", self.temperature)
+        require(self.top_k >= 0, "objective.top_k", "at least 0 (0: all)", self.top_k)
         for name in ("hidden", "rho"):
-            _check(getattr(self, name) >= 0, f"objective.{name}", "at least 0", getattr(self, name))
-        _check(self.window >= 1, "objective.window", "at least 1", self.window)
+            require(getattr(self, name) >= 0, f"objective.{name}", "at least 0", getattr(self, name))
+        require(self.window >= 1, "objective.window", "at least 1", self.window)
 
 
 @dataclass(frozen=True)
@@ -179,8 +125,8 @@ class EvalConfig:
     outliers: bool = False
 
     def __post_init__(self):
-        _check(self.every >= 0, "eval.every", "at least 0 (0: only after the last step)", self.every)
-        _check(self.batches >= 1, "eval.batches", "at least 1", self.batches)
+        require(self.every >= 0, "eval.every", "at least 0 (0: only after the last step)", self.every)
+        require(self.batches >= 1, "eval.batches", "at least 1", self.batches)
 
 
 @dataclass(frozen=True)
@@ -196,8 +142,8 @@ class CheckpointConfig:
     keep: int = 2
 
     def __post_init__(self):
-        _check(self.every >= 0, "checkpoint.every", "at least 0 (0: only after the last step)", self.every)
-        _check(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
+        require(self.every >= 0, "checkpoint.every", "at least 0 (0: only after the last step)", self.every)
+        require(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
 
 
 @dataclass(frozen=True)
@@ -215,9 +161,9 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self):
-        _check(self.data >= 1 or self.data == -1, "mesh.data", "at least 1, or -1 for all that are left", self.data)
-        _check(self.fsdp >= 1, "mesh.fsdp", "at least 1", self.fsdp)
-        _check(self.tensor == 1, "mesh.tensor", "1 (tensor parallelism is not built; use mesh.fsdp)", self.tensor)
+        require(self.data >= 1 or self.data == -1, "mesh.data", "at least 1, or -1 for all that are left", self.data)
+        require(self.fsdp >= 1, "mesh.fsdp", "at least 1", self.fsdp)
+        require(self.tensor == 1, "mesh.tensor", "1 (tensor parallelism is not built; use mesh.fsdp)", self.tensor)
 
 
 @dataclass(frozen=True)
@@ -233,7 +179,7 @@ class LogConfig:
     tensorboard: bool = False
 
     def __post_init__(self):
-        _check(self.every >= 1, "log.every", "at least 1", self.every)
+        require(self.every >= 1, "log.every", "at least 1", self.every)
 
 
 @dataclass(frozen=True)
@@ -249,8 +195,8 @@ class ProfileConfig:
     skip: int = 5
 
     def __post_init__(self):
-        _check(self.steps >= 0, "profile.steps", "at least 0", self.steps)
-        _check(self.skip >= 1, "profile.skip", "at least 1", self.skip)
+        require(self.steps >= 0, "profile.steps", "at least 0", self.steps)
+        require(self.skip >= 1, "profile.skip", "at least 1", self.skip)
 
 
 @dataclass(frozen=True)
@@ -277,8 +223,8 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self):
-        _check(0 <= self.seed < 2**32, "seed", "0 … 2**32-1", self.seed)
-        _check(self.data.seq_len >= 1, "data.seq_len", "at least 1", self.data.seq_len)
+        require(0 <= self.seed < 2**32, "seed", "0 … 2**32-1", self.seed)
+        require(self.data.seq_len >= 1, "data.seq_len", "at least 1", self.data.seq_len)
         # Spellings of one recipe are one recipe: the hash must not see the difference.
         object.__setattr__(self, "recipe", str(recipes.parse_schedule(self.recipe)))
 
@@ -313,8 +259,7 @@ def resolve(config: "ConfigDict | Mapping[str, Any] | RunConfig") -> RunConfig:
     """The run that a config asks for. Keys left out keep their defaults; a key may be dotted: {"model.width": 128}.
 
     Raises:
-      UsageError: (a ValueError) unknown key, wrong type or impossible value; it names the key and, where there is
-        one, the nearest valid one.
+      UsageError: (a ValueError) unknown key, wrong type or impossible value; it names the key, and the nearest one.
     """
     if isinstance(config, RunConfig):
         return config

@@ -173,7 +173,8 @@ class Training:
         self.display.note(text)
         measured_outliers: dict[str, Any] = {}
         if self.program.config.eval.outliers:
-            measured_outliers = self.program.measure_outliers(self.state.variables).metrics()
+            outliers = self.program.measure_outliers(self.state.variables)
+            measured_outliers, self.progress["outliers"] = outliers.metrics(), outliers.summary()
         return evaluation | health | measured_outliers
 
     def close(self) -> None:
@@ -183,10 +184,10 @@ class Training:
 
 
 def new_progress() -> dict[str, Any]:
-    """Last training loss, last and best evaluation, last health, what diverged, sum of the state, stage, the step at
-    which gradients were found drowned, and who the teacher is: all unknown yet."""
-    names = ("train_loss", "evaluation", "best", "health", "diverged", "state_sha256", "stage", "drowned", "teacher")
-    return dict.fromkeys(names)
+    """Last training loss, last and best evaluation, last health and outliers, what diverged, sum of the state, stage,
+    the step at which gradients were found drowned, and who the teacher is: all unknown yet."""
+    measured = ("train_loss", "evaluation", "best", "health", "outliers")
+    return dict.fromkeys((*measured, "diverged", "state_sha256", "stage", "drowned", "teacher"))
 
 
 def is_due(step: int, every: int) -> bool:

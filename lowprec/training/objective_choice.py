@@ -1,28 +1,30 @@
 """From `objective.*` to an Objective: what a run's config may ask for, and what does not fit together."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lowprec.errors import UsageError, unknown
 from lowprec.nn import linen
-from lowprec.quantizers.nested import DoubleRounding
+from lowprec.quantizers.nested import DoubleRounding, SampledDoubleRounding
 from lowprec.recipes import Recipe
 from lowprec.recipes.recipe import LayerRule
 from lowprec.training.config import ObjectiveConfig
 from lowprec.training.objectives import Distillation, JointWidths, Objective, TaskLoss, TeacherIntervention
 from lowprec.training.sharpness import SharpnessAware
 from lowprec.training.tasks import Task
+from lowprec.training.width_sampling import SampledWidths
 
 _DISTILLED = ("teacher", "alpha", "temperature", "top_k", "hidden")
 # The keys that each of them uses.
 _USES: dict[str, tuple[str, ...]] = {
     "": (),
     "distillation": _DISTILLED,
-    "teacher_intervention": (*_DISTILLED, "places", "until", "fade"),
+    "teacher_intervention": (*_DISTILLED, "places", "until", "fade", "phases"),
     "sam": ("rho",),
     "gaqat": ("rho", "threshold", "window"),
-    "widths": ("widths",),
+    "widths": ("widths", "insensitive"),
 }
 
 
@@ -63,6 +65,8 @@ def check_objective(config: ObjectiveConfig) -> None:
             of = ", ".join(name for name, keys in _USES.items() if field.name in keys)
             chosen = f"objective {config.name!r}" if config.name else "the task's own loss"
             raise UsageError(f"objective.{field.name} is {value!r}, but {chosen} does not use it; it is for {of}")
+    if config.phases:
+        _interventions(config)
     if takes_teacher(config) and not config.teacher:
         raise UsageError(f"objective {config.name!r} needs objective.teacher, the directory of a run")
 
@@ -91,7 +95,7 @@ def build_objective(
             inner = Distillation(taught_by, config.alpha, config.temperature, top, config.hidden, task=task)
         if config.name == "distillation":
             return inner
-        phases = ((config.places, round(config.until * steps)),)
+        phases = tuple((places, round(until * steps)) for places, until in _interventions(config))
         return TeacherIntervention(taught_by, phases, round(config.fade * steps), inner, task)
     if config.name == "sam":
         return SharpnessAware(plain, config.rho)
@@ -101,6 +105,14 @@ def build_objective(
         return SharpnessAware(plain, config.rho, config.threshold, config.window)
     if config.name == "widths":
         widths = _widths(config.widths)
+        if (drawn := _drawn(recipe)) is not None:
+            _check_drawn(widths, drawn.widths)
+            return SampledWidths(widths, config.insensitive, plain)
+        if config.insensitive:
+            raise UsageError(
+                f"objective.insensitive says of which layers few bits are drawn; recipe {recipe} reads all layers at "
+                "each width in turn: take nested"
+            )
         variants = tuple(linen.quantize(model, read_at(recipe, width)) for width in widths)
         weights = (1 / len(widths),) * len(widths)
         return JointWidths(variants, weights, plain, tuple(f"loss_{width}_bits" for width in widths))
@@ -127,6 +139,35 @@ def read_at(recipe: Recipe, width: int) -> Recipe:
         return replace(rule, gemm=replace(rule.gemm, fwd=(x, replace(w, scale=replace(w.scale, width=width)))))
 
     return replace(recipe, name=f"{recipe.name} read at {width}", rules=tuple(map(reread, rules)))
+
+
+def _drawn(recipe: Recipe) -> SampledDoubleRounding | None:
+    """How a recipe stores the weights whose widths are drawn layer by layer; None where it does not."""
+    rules: tuple[Any, ...] = tuple(recipe.rules)
+    scales = (rule.gemm.fwd[1].scale for rule in rules)
+    return next((scale for scale in scales if isinstance(scale, SampledDoubleRounding)), None)
+
+
+def _check_drawn(widths: tuple[int, ...], stored: tuple[int, ...]) -> None:
+    for width in widths:
+        if width not in stored:
+            raise UsageError(f"objective.widths: weights are read at one of {', '.join(map(str, stored))}, not {width}")
+
+
+def _interventions(config: ObjectiveConfig) -> tuple[tuple[str, float], ...]:
+    """Places where the teacher stands in, and the fraction of the run until which it does."""
+    if not config.phases:
+        return ((config.places, config.until),)
+    for key in ("places", "until"):
+        if getattr(config, key) != getattr(ObjectiveConfig, key):
+            raise UsageError(f"objective.phases says what objective.{key} would: leave that out")
+    found = [re.fullmatch(r"(\S+)\s+until\s+(0?\.\d+|0|1(?:\.0*)?)", part.strip()) for part in config.phases.split(";")]
+    if not all(found):
+        raise UsageError(
+            "objective.phases is a list of places and the fractions of the run at which they end, e.g. "
+            f"'layers/\\d+/mlp until 0.25; layers/\\d+/attention until 0.5', not {config.phases!r}"
+        )
+    return tuple((match[1], float(match[2])) for match in found)
 
 
 def _widths(text: str) -> tuple[int, ...]:

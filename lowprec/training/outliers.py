@@ -51,18 +51,26 @@ class Outliers:
                 values.setdefault(name, []).append(value)
         return values
 
-    def metrics(self) -> dict[str, Any]:
-        """As they stand in a line of metrics.jsonl; what is infinite or undefined is null."""
-        if not self.layers:
-            return {}
+    def summary(self) -> dict[str, Any]:
+        """As it stands in summary.json: means over the layers, and maxima; what is infinite or undefined is null."""
         values = self.by_number()
         return {
-            "outliers": {
-                "mean": {name: short(sum(each) / len(each)) for name, each in values.items()},
-                "max": {name: short(max(each)) for name, each in values.items()},
-                "layers": {
-                    path: {name: short(value) for name, value in of_layer.items()}
-                    for path, of_layer in self.layers.items()
-                },
-            }
+            "mean": {name: short(sum(each) / len(each)) for name, each in values.items()},
+            "max": {name: short(max(each)) for name, each in values.items()},
         }
+
+    def metrics(self) -> dict[str, Any]:
+        """As they stand in a line of metrics.jsonl: of each layer too."""
+        layers = {
+            path: {name: short(value) for name, value in of_layer.items()} for path, of_layer in self.layers.items()
+        }
+        return {"outliers": {**self.summary(), "layers": layers}}
+
+    def table(self) -> list[str]:
+        """Lines for people."""
+        shown = lambda value: "-" if value is None else f"{value:.4g}"
+        found = self.summary()
+        return [
+            f"{'outliers':24}  {'mean':>9}  {'maximum':>9}   (over the layers)",
+            *(f"{name:24}  {shown(mean):>9}  {shown(found['max'][name]):>9}" for name, mean in found["mean"].items()),
+        ]

@@ -15,14 +15,21 @@ from lowprec.optim.sparse_update import Selection, restricted
 from lowprec.quantizers.nested import NestedWidths, rate_factors
 from lowprec.training import evaluation, health, outliers, sharding
 from lowprec.training.config import RunConfig
+from lowprec.training.learned_weights import grids_of_run
 from lowprec.training.objective_choice import Teacher, build_objective, takes_teacher
-from lowprec.training.optimizer import build_optimizer, build_quantizer_optimizer, optimizer_measures
+from lowprec.training.optimizer import (
+    build_optimizer,
+    build_quantizer_optimizer,
+    fused_optimizer,
+    optimizer_measures,
+)
 from lowprec.training.schedules import learning_rate
 from lowprec.training.stages import StageProgram
 from lowprec.training.state import TrainState, initial_params, run_keys
 from lowprec.training.step import Update
 from lowprec.training.tasks import task_of
 from lowprec.training.weight_grids import weight_grids
+from lowprec.training.weight_storage import storage_of
 
 
 def _check_triggers(config: RunConfig, stages: tuple[recipes.Stage, ...]) -> None:
@@ -83,6 +90,8 @@ class Program:
         if self.config.train.update:
             selection = Selection((self.config.train.update,))
             jax.eval_shape(selection.split, self._param_shapes)
+            if config.weights != "f32":
+                raise UsageError(f"train.update trains weights in float32, not optimizer.weights={config.weights}")
             if any(stage.recipe.control for stage in stages):
                 raise UsageError(f"the controller of recipe {self.config.recipe} needs all gradients, not train.update")
         if config.freeze_oscillations:
@@ -90,8 +99,15 @@ class Program:
                 raise UsageError(
                     f"optimizer.freeze_oscillations freezes codes of one recipe, not of {self.config.recipe!r}"
                 )
-            grids = weight_grids(stages[0].recipe, self._param_shapes, self.config.model.layers)
-        optimizer = build_optimizer(config, steps, grids)
+            grids = grids_of_run(weight_grids(stages[0].recipe, self._param_shapes, self.config.model.layers))
+        optimizer = build_optimizer(config, steps, grids, self.config.seed)
+        fused = None
+        if selection is None:
+            # Rows that lie on several devices are not cut into chunks.
+            whole = {"chunk": None} if self.mesh.size > 1 else {}
+            fused = fused_optimizer(
+                optimizer, jax.eval_shape(storage_of(config.weights).store, self._param_shapes), **whole
+            )
         return Update(
             optimizer if selection is None else restricted(optimizer, selection),
             learning_rate(config, steps),
@@ -99,6 +115,8 @@ class Program:
             steps,
             selection,
             optimizer_measures(config),
+            config.weights,
+            fused,
         )
 
     @cached_property

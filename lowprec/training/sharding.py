@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lowprec.errors import UsageError
+from lowprec.optim.paths import path_name
 from lowprec.training.config import MeshConfig, RunConfig
-from lowprec.training.optimizer import path_name
 
 BATCH_AXES = ("data", "fsdp")
 # Below this many elements a gather costs more than the memory it saves.

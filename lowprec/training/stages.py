@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from lowprec import optim
 from lowprec.nn import linen
 from lowprec.optim.paths import leaves_by_path
 from lowprec.recipes import Stage
@@ -18,6 +19,7 @@ from lowprec.training.controllers import Signals, build_controller
 from lowprec.training.controllers.protocol import by_layer
 from lowprec.training.objectives import Objective
 from lowprec.training.optimizer import reset_moments
+from lowprec.training.ramps import off_ramp, onto_ramp
 from lowprec.training.state import Keys, Quantizers, TrainState, initial_quantizers, initial_state
 from lowprec.training.step import Update, make_train_step, metric_names
 from lowprec.training.tasks import Task
@@ -57,11 +59,18 @@ class StageProgram:
         self._slots = self.quantized.state_slots(self.inputs) if self.recipe.remembers else {}
         self._shapes = jax.eval_shape(self._first_state, self.inputs)
         self._shardings = sharding.state_shardings(self.mesh, self._shapes)
+        if self.update.fused is not None:
+            # Codes and scales lie with the parameter that they are of.
+            placed = optim.state_shardings(self.update.optimizer, self._shapes.params, self._shardings.params)
+            self._shardings = self._shardings._replace(opt_state=placed)
+        self._variables = jax.eval_shape(lambda state: state.variables, self._shapes)
 
     def _first_state(self, inputs) -> TrainState:
         one = self.inputs
-        state = initial_state(self.model, self.update.optimizer, self.keys.params, one.shape[1:], one.dtype)
-        return state._replace(quantizers=self._first_quantizers(state.params, state.model_state, inputs))
+        state = initial_state(
+            self.model, self.update.optimizer, self.keys.params, one.shape[1:], one.dtype, self.update.weights
+        )
+        return state._replace(quantizers=self._first_quantizers(state.weights, state.model_state, inputs))
 
     def _first_quantizers(self, params, model_state, inputs) -> Quantizers:
         made = initial_quantizers(
@@ -94,11 +103,11 @@ class StageProgram:
             opt_state, before = state.opt_state, state.quantizers
             if self.stage.reset:
                 opt_state = reset_moments(self.update.optimizer, opt_state, state.params)
-            quantizers = self._first_quantizers(state.params, state.model_state, example)
+            quantizers = self._first_quantizers(state.weights, state.model_state, example)
+            if self.stage.ramp:
+                quantizers = onto_ramp(quantizers, before, self.stage.reset)
             if self.stage.continues:
-                quantizers = quantizers._replace(
-                    params=before.params, opt_state=before.opt_state, state=_kept(quantizers.state, before.state)
-                )
+                quantizers = off_ramp(quantizers, before)
             if _layout(quantizers.objective) == _layout(before.objective):
                 quantizers = quantizers._replace(objective=before.objective)
             return state._replace(opt_state=opt_state, quantizers=quantizers)
@@ -133,7 +142,7 @@ class StageProgram:
             key = self.keys.evaluation
             return self.objective.loss(self.quantized, variables, examples, key, memory, constants)
 
-        jax.eval_shape(loss, state.variables, examples, state.quantizers.objective, self.constants)
+        jax.eval_shape(loss, self._variables, examples, state.quantizers.objective, self.constants)
 
     def read_metrics(self, metrics: np.ndarray) -> dict[str, Any]:
         """The numbers of a step by name, and what its controller decided: bits by layer."""
@@ -156,13 +165,18 @@ class StageProgram:
             return {}
         shapes: Any = (jax.ShapeDtypeStruct((), jnp.float32), jax.eval_shape(lambda: jax.random.key(0)))
         number, key = shapes
-        signals = Signals(number, state.params, state.params, key, number)
+        signals = Signals(number, self._variables["params"], self._variables["params"], key, number)
         return jax.eval_shape(controller.update, state.quantizers.control, state.quantizers.state, signals)[2]
 
     def _measurement(self, function: Callable, *before: Any):
         """(variables, …, examples, key) -> numbers, compiled; `before` says where what stands before examples lies."""
         everywhere = sharding.replicated(self.mesh)
-        placed = (self._shardings.variables, *before, sharding.batch_sharding(self.mesh), everywhere)
+        placed = (
+            sharding.state_shardings(self.mesh, self._variables),
+            *before,
+            sharding.batch_sharding(self.mesh),
+            everywhere,
+        )
         return jax.jit(function, in_shardings=placed, out_shardings=everywhere)
 
     @cached_property
@@ -195,10 +209,3 @@ class StageProgram:
 
 def _layout(tree: Any) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in leaves_by_path(tree).items()}
-
-
-def _kept(new: Any, old: Any) -> Any:
-    """The entries of `new`, each from `old`, which has more; `new` may be empty."""
-    if isinstance(new, Mapping):
-        return {name: _kept(entry, old[name]) for name, entry in new.items()}
-    return old if isinstance(new, jax.Array) else new

@@ -2,15 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lowprec.errors import UsageError
-from lowprec.recipes import parse
+from lowprec.nn.learned import carried
+from lowprec.nn.places import LEARNED
+from lowprec.recipes import Recipe, parse
 from lowprec.training.checkpoints import Checkpoint, Checkpoints, Damaged
 from lowprec.training.config import MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig, resolve
 from lowprec.training.evaluation import Evaluation
 from lowprec.training.health import Health
 from lowprec.training.program import Program
 from lowprec.training.run_directory import RunDirectory
+from lowprec.training.state import TrainState
 from lowprec.training.tasks import SCORES
 
 
@@ -18,6 +22,10 @@ def evaluate_run(
     workdir: Path, *, step: int | None = None, recipe: str | None = None, batches: int | None = None
 ) -> str:
     """Evaluates without changing anything in the directory.
+
+    Under another recipe, learned quantizer parameters are those of the checkpoint where both recipes read the same ones
+    (`nn.learned.carried`): a model trained under nested_8 is read at 4 bits with the steps it has learned for them. All
+    others start from the parameters and the first held-out batch.
 
     Args:
       step: of the checkpoint; the newest good one when None.
@@ -31,8 +39,8 @@ def evaluate_run(
     program, checkpoint, damaged = open_run(workdir, step=step, batches=batches)
     variables = checkpoint.state.variables
     if recipe is not None and str(parse(recipe)) != program.config.recipe:
-        program = Program(_untrained(program.config, recipe), program.data)
-        variables = program.initial_variables(checkpoint.state.params, checkpoint.state.model_state)
+        trained, program = program, Program(_untrained(program.config, recipe), program.data)
+        variables = under_recipe(program, checkpoint.state, trained.recipe)
     evaluation = program.evaluate(variables)
     health = program.measure_health(variables)
     lines = [
@@ -42,8 +50,19 @@ def evaluate_run(
         "",
         *_losses(evaluation, program),
         *_operands(health),
+        "",
+        *program.measure_outliers(variables).table(),
     ]
     return "\n".join(lines)
+
+
+def under_recipe(program: Program, state: TrainState, trained: Recipe) -> dict[str, Any]:
+    """The collections of a program's model, for a state that was trained under another recipe."""
+    variables = program.initial_variables(state.params, state.model_state)
+    learned, before = variables.get(LEARNED), state.quantizers.params
+    if not learned or not before:
+        return variables
+    return variables | {LEARNED: carried(program.recipe, learned, trained, before)}
 
 
 def open_run(

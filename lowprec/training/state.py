@@ -9,6 +9,7 @@ import optax
 
 from lowprec.training.controllers import build_controller
 from lowprec.training.loss_scaling import LossScale
+from lowprec.training.weight_storage import read_weights, storage_of
 from lowprec.typing import Array, Float, Int
 
 # The collection of what a model itself remembers: the running means and variances of its batch norms.
@@ -40,7 +41,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: int32, updates so far.
-      params: the plain model's, in float32.
+      params: the plain model's, in float32 or as `training.weight_storage` stores them.
       opt_state: of the optimizer.
       quantizers: of the recipe.
       model_state: the plain model's collection MODEL_STATE; empty for most.
@@ -53,10 +54,15 @@ class TrainState(NamedTuple):
     model_state: Any = ()
 
     @property
+    def weights(self) -> Any:
+        """The parameters as the model reads them."""
+        return read_weights(self.params)
+
+    @property
     def variables(self) -> dict[str, Any]:
         """The collections that the quantized model is applied to."""
         collections = {
-            "params": self.params,
+            "params": self.weights,
             "quant_params": self.quantizers.params,
             "quant": self.quantizers.state,
             MODEL_STATE: self.model_state,
@@ -83,15 +89,17 @@ def initial_state(
     key: jax.Array,
     shape: int | tuple[int, ...],
     dtype: Any = jnp.int32,
+    weights: str = "f32",
 ) -> TrainState:
     """Before the first step, without quantizers.
 
     Args:
       model: plain or quantized: the parameters are the same.
       shape, dtype: of what the model reads of one example.
+      weights: how they are stored, see `training.weight_storage`.
     """
     variables = _initial_variables(model, key, shape, dtype)
-    params = variables["params"]
+    params = storage_of(weights).store(variables["params"])
     return TrainState(
         jnp.zeros((), jnp.int32), params, optimizer.init(params), model_state=variables.get(MODEL_STATE, ())
     )

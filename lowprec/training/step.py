@@ -13,18 +13,20 @@ import jax.numpy as jnp
 import optax
 
 from lowprec.nn.rank_decay import decays, halve_ranks
+from lowprec.optim.fused import Step
 from lowprec.optim.sparse_update import Selection
 from lowprec.training.controllers import Controller, Signals, build_controller
 from lowprec.training.loss_scaling import all_finite
 from lowprec.training.objectives import TASK_LOSS, Objective, Observed
 from lowprec.training.state import TrainState
 from lowprec.training.tasks import NEXT_TOKEN, Task
+from lowprec.training.weight_storage import read_weights
 from lowprec.typing import Array, Float
 
 # What a step measures, in the order of its vector of metrics (one array is one transfer).
 STEP_METRICS = ("loss", "grad_norm", "lr", "param_norm", "update_norm")
 # Of the step's key; the streams of microbatches count up from 0.
-_CONTROL_STREAM = 2**31 - 1
+_CONTROL_STREAM, _WEIGHT_STREAM = 2**31 - 1, 2**31 - 2
 
 
 def mean_loss(model, variables, examples, key, task: Task = NEXT_TOKEN) -> Float[Array, ""]:
@@ -43,6 +45,8 @@ class Update:
       steps: of the run, which controllers plan over.
       selection: the parameters that are trained; None: all.
       measures: pairs (name, function of the optimizer's state after the step), for the log.
+      weights: how parameters are stored, see `training.weight_storage`.
+      fused: the optimizer as one step that holds few moments in float32; None: it has none.
     """
 
     optimizer: optax.GradientTransformation
@@ -51,6 +55,8 @@ class Update:
     steps: int = 1
     selection: Selection | None = None
     measures: tuple[tuple[str, Callable[[Any], jax.Array]], ...] = ()
+    weights: str = "f32"
+    fused: Step | None = None
 
     def trained(self, params: Any) -> Any:
         """Those of the parameters that have a gradient."""
@@ -59,6 +65,22 @@ class Update:
     def joined(self, trained: Any, params: Any) -> Any:
         """All parameters, with the trained ones in their places."""
         return trained if self.selection is None else self.selection.join(trained, jax.lax.stop_gradient(params))
+
+    def apply(self, gradients: Any, opt_state: Any, params: Any, key: jax.Array, quant_params: Any):
+        """(parameters, optimizer state, norm of the update) after a gradient.
+
+        Args:
+          key: of the rounding of parameters that are QTensors.
+          quant_params: those of the next step, on whose grid weights are put that are put on their grid.
+        """
+        if self.fused is not None:
+            new, opt_state = self.fused.step(params, gradients, opt_state, key, quant_params=quant_params)
+            by = jax.tree.map(jnp.subtract, read_weights(new), read_weights(params))
+            return new, opt_state, optax.global_norm(by)
+        optimizer = optax.with_extra_args_support(self.optimizer)
+        updates, opt_state = optimizer.update(gradients, opt_state, params, quant_params=quant_params)
+        trained = optax.apply_updates(self.trained(params), updates)
+        return self.joined(trained, params), opt_state, optax.global_norm(updates)
 
 
 class Gradients(NamedTuple):
@@ -82,7 +104,8 @@ def make_train_step(
     examples are the task's with an axis of microbatches before their rows: of text, int32 (microbatches, windows,
     data.seq_len + 1). Loss and gradient are means over all of them, and so is the state of the model: each microbatch
     changes that which the step began with. grad_norm is that before clipping. A step that loss scaling skips changes
-    neither parameters nor optimizers nor that state: its grad_norm and update_norm are 0.
+    neither parameters nor optimizers nor that state, nor what quantizers, controller and objective remember: its
+    grad_norm and update_norm are 0.
 
     Args:
       model: quantized, or plain.
@@ -98,12 +121,12 @@ def make_train_step(
         step_key = jax.random.fold_in(noise_key, state.step)
         quantizers = state.quantizers
         factor = quantizers.loss_scale.scale if scaling else 1.0
-        memory = quantizers.objective
+        memory, weights = quantizers.objective, state.weights
 
         def gradient_of(trained: Gradients):
             def loss_of(trained: Gradients, examples, key):
                 given = {
-                    "params": update.joined(trained.params, state.params),
+                    "params": update.joined(trained.params, weights),
                     "quant_params": trained.quant_params,
                     "taps": trained.taps,
                 }
@@ -113,10 +136,11 @@ def make_train_step(
             zeros = Observed(state.model_state, dict.fromkeys(objective.parts, jnp.zeros(())))
             return _accumulate(loss_of, trained, zeros, examples, step_key, factor)
 
-        trained = Gradients(update.trained(state.params), quantizers.params, slots)
+        trained = Gradients(update.trained(weights), quantizers.params, slots)
         found = objective.gradient(gradient_of, trained, memory)
         loss, gradients = found.loss, found.gradients
-        new, measured = _updated(state, gradients, update, lambda updates: objective.hold(updates, found.memory))
+        hold = lambda updates: objective.hold(updates, found.memory)
+        new, measured = _updated(state, gradients, update, hold, jax.random.fold_in(step_key, _WEIGHT_STREAM))
         new = new._replace(
             quantizers=new.quantizers._replace(objective=found.memory), model_state=found.observed.model_state
         )
@@ -130,7 +154,7 @@ def make_train_step(
         if controller is not None:
             signals = Signals(
                 loss,
-                new.params,
+                new.weights,
                 gradients.params,
                 jax.random.fold_in(step_key, _CONTROL_STREAM),
                 jnp.minimum(state.step / update.steps, 1),
@@ -166,15 +190,14 @@ def _controlled(controller: Controller, state: TrainState, signals: Signals):
     return state._replace(quantizers=quantizers._replace(control=memory, state=quant)), decisions
 
 
-def _updated(state: TrainState, gradients: Gradients, update: Update, hold: Callable[[Any], Any]):
+def _updated(state: TrainState, gradients: Gradients, update: Update, hold: Callable[[Any], Any], key: jax.Array):
     """The state after the optimizers, and the norms of the step.
 
     Args:
       hold: what becomes of the updates of learned quantizer parameters.
+      key: of the rounding of parameters.
     """
-    updates, opt_state = update.optimizer.update(gradients.params, state.opt_state, state.params)
-    trained = optax.apply_updates(update.trained(state.params), updates)
-    params, quantizers = update.joined(trained, state.params), state.quantizers
+    quantizers = state.quantizers
     if gradients.quant_params:
         learned, learned_state = update.quantizer_optimizer.update(
             gradients.quant_params, quantizers.opt_state, quantizers.params
@@ -182,17 +205,20 @@ def _updated(state: TrainState, gradients: Gradients, update: Update, hold: Call
         quantizers = quantizers._replace(
             params=optax.apply_updates(quantizers.params, hold(learned)), opt_state=learned_state
         )
+    params, opt_state, update_norm = update.apply(
+        gradients.params, state.opt_state, state.params, key, quantizers.params
+    )
     norms = {
         "grad_norm": optax.global_norm(gradients.params),
-        "param_norm": optax.global_norm(params),
-        "update_norm": optax.global_norm(updates),
+        "param_norm": optax.global_norm(read_weights(params)),
+        "update_norm": update_norm,
     }
     return state._replace(step=state.step + 1, params=params, opt_state=opt_state, quantizers=quantizers), norms
 
 
 def _skipped(state, measured):
     """The norms of a step that changes nothing."""
-    return dict.fromkeys(measured, jnp.zeros(())) | {"param_norm": optax.global_norm(state.params)}
+    return dict.fromkeys(measured, jnp.zeros(())) | {"param_norm": optax.global_norm(state.weights)}
 
 
 def _accumulate(loss_of, trained, observed, examples, step_key, factor):

@@ -24,7 +24,7 @@ def summarize(program: Program, status: Status, step: int, progress: dict[str, A
 
     Args:
       step: updates done; of a diverged run, the last good one.
-      progress: as checkpoints hold it: clock, last losses, last evaluation, health.
+      progress: as checkpoints hold it: clock, last losses, last evaluation, health, outliers.
     """
     config, data = program.config, program.data
     counts = program.counts
@@ -49,6 +49,7 @@ def summarize(program: Program, status: Status, step: int, progress: dict[str, A
         "train_loss": progress.get("train_loss"),
         "evaluation": evaluation,
         "health": progress.get("health") or {},
+        "outliers": progress.get("outliers") or {},
         "entropy_per_byte": getattr(data, "entropy_per_byte", None),
         "parameters": counts.total,
         "parameters_non_embedding": counts.non_embedding,

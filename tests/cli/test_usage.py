@@ -23,7 +23,7 @@ import lowprec as package
         (["train", "--config.data.name=markov_txt"], "unknown data set 'markov_txt'; did you mean markov_text"),
         (["train", "--config.data.tokenizer=bpe"], "tokenizer"),
         (["train", "--config.model.name=lama", "--config.data.name=markov_text/size4096"], "did you mean llama"),
-        (["train", "--config.optimizer.name=adam"], "unknown optimizer 'adam'; did you mean adamw?"),
+        (["train", "--config.optimizer.name=adamv"], "unknown optimizer 'adamv'; did you mean adam, adamw"),
         (["train", "--config=nowhere/lm_tiny.py"], "unknown config file 'nowhere/lm_tiny.py'"),
         (["train", "--confg=x.py"], "unknown option '--confg'; did you mean --config"),
         (["train", "nvfp4"], "'nvfp4' is neither an option nor the value of one"),

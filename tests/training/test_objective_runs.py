@@ -1,5 +1,6 @@
 """Objectives and the optimizer's special pieces, each in a tiny run from its config."""
 
+import re
 import shutil
 
 import jax
@@ -10,10 +11,12 @@ import pytest
 from lowprec import recipes
 from lowprec.errors import UsageError
 from lowprec.nn import linen
+from lowprec.optim.paths import leaves_by_path
 from lowprec.quantizers.nested import rate_factors
 from lowprec.recipes.library.bridged import bridged_weights
 from lowprec.training import train
 from lowprec.training.config import OptimizerConfig
+from lowprec.training.learned_weights import by_kernel
 from lowprec.training.metrics import TIMINGS, read_lines
 from lowprec.training.objective_choice import Teacher, read_at
 from lowprec.training.optimizer import build_optimizer, build_quantizer_optimizer
@@ -21,6 +24,7 @@ from lowprec.training.program import Program
 from lowprec.training.standalone_evaluation import evaluate_run, open_run
 from lowprec.training.state import TrainState, initial_quantizers, initial_state, run_keys
 from lowprec.training.step import Update, make_train_step
+from lowprec.training.teachers import open_teacher
 
 SHORT = {"train.steps": 4, "eval.every": 0, "eval.batches": 1, "checkpoint.every": 2}
 
@@ -100,6 +104,28 @@ def test_the_teacher_stands_in_for_the_first_half(run, teacher):
     assert [line["teacher_share"] for line in lines] == [1, 1, 0, 0]
 
 
+def test_the_teacher_stands_in_everywhere_then_for_attention_alone(tiny, teacher):
+    """What is replaced, seen by what has no gradient: nothing reaches a place whose output is the teacher's."""
+    phases = r"layers/\d+/mlp until 0.25; layers/\d+/attention until 0.5"
+    changes = {"objective.name": "teacher_intervention", "objective.teacher": str(teacher), "objective.phases": phases}
+    config = tiny({**SHORT, **changes, "recipe": "fwd=int4@row", "train.steps": 8, "objective.alpha": 0.0})
+    program = Program(config, teacher=open_teacher(config))
+    state, batches, silent = program.initial_state(), program.batches(), []
+
+    def loss(params, examples, memory):
+        first = jax.tree.map(lambda rows: rows[0], examples)
+        model, constants = program.now.quantized, program.now.constants
+        return program.now.objective.loss(model, {"params": params}, first, jax.random.key(0), memory, constants)[0]
+
+    gradient = jax.jit(jax.grad(loss))
+    for _ in range(6):
+        examples = program.put(next(batches))
+        found = gradient(state.params, examples, state.quantizers.objective)["layers"]
+        silent.append({part for part in ("mlp", "attention") if not any(map(np.any, jax.tree.leaves(found[part])))})
+        state, _ = program.train_step(state, examples)
+    assert silent == [{"mlp", "attention"}] * 2 + [{"attention"}] * 2 + [set()] * 2
+
+
 @pytest.mark.slow
 def test_sharpness_is_measured_and_its_memory_survives_a_kill(run, tiny):
     """As if killed after the checkpoint of step 2, in the middle of a window of three."""
@@ -145,6 +171,27 @@ def test_weights_that_oscillate_are_frozen_on_their_grid(run):
     assert all(line["oscillating_weights"] == 0 for line in lines)
 
 
+def test_weights_with_learned_steps_rest_on_their_codes(tiny):
+    """An oscillation is a frequency of .01: above a threshold that falls from .025 to .005 after half of the run."""
+    changes = {"recipe": "lsq_3", "optimizer.lr": 0.3, "optimizer.quant_lr": 0.05, "optimizer.warmup_fraction": 0.0}
+    limits = {"optimizer.freeze_oscillations": 0.005, "optimizer.freeze_oscillations_start": 0.025}
+    program = Program(tiny({**SHORT, **changes, **limits, "train.steps": 10}))
+    state, batches, held, shares = program.initial_state(), program.batches(), {}, []
+    fmt = program.recipe.rule_for("layers/0/mlp/up").fwd[1].format.element
+    for _ in range(10):
+        state, metrics = program.train_step(state, program.put(next(batches)))
+        shares.append(program.now.read_metrics(np.asarray(metrics))["frozen_weights"])
+        learned, kernels = by_kernel(state.quantizers.params), leaves_by_path(state.params)
+        for path, watch in state.opt_state.watched.items():
+            codes = np.clip(np.round(kernels[path] / np.asarray(learned[path]["step"])), fmt.min, fmt.max)
+            frozen = np.asarray(watch.frozen)
+            np.testing.assert_array_equal(codes[frozen], np.asarray(watch.held)[frozen])
+            before, at_rest = held.get(path, (codes, np.zeros_like(frozen)))
+            np.testing.assert_array_equal(codes[at_rest], before[at_rest])
+            held[path] = codes, frozen
+    assert shares[:4] == [0] * 4 and 0 < shares[-1] < 1 and shares == sorted(shares)
+
+
 def test_only_the_chosen_parameters_are_trained_and_have_state(tiny):
     program = Program(tiny({**SHORT, "recipe": "f32", "train.update": "layers/mlp/.*"}))
     before, batches = program.initial_state(), program.batches()
@@ -157,6 +204,39 @@ def test_only_the_chosen_parameters_are_trained_and_have_state(tiny):
     sizes = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     # Two moments, and two counts: of Adam and of the schedules.
     assert sizes(after.opt_state) - 2 * sizes(kept["layers"]["mlp"]) <= 3
+
+
+# Of a layer of 48 tokens: query, key, value, out and down, gate and up, the head, scores and context.
+FORWARD = ["[48,16]"] * 5 + ["[48,64]"] * 2 + ["[48,256]", "[4,12,12]", "[4,16,12]"]
+# Back to the outputs of down, to its inputs; the gradients of gate, up and down.
+BACK_TO_THE_MLP = ["[48,16]", "[48,64]", "[16,64]", "[16,64]", "[64,16]"]
+
+
+@pytest.mark.parametrize(
+    ("selected", "backward"),
+    [
+        ("layers/mlp/.*", BACK_TO_THE_MLP),
+        pytest.param("head/.*", ["[16,256]"], marks=pytest.mark.slow),
+        pytest.param("", None, marks=pytest.mark.slow),
+    ],
+)
+def test_the_compiled_step_has_no_gradient_of_what_is_not_trained(selected, backward, tiny):
+    """Nor a pass back to it: nothing before the MLP has one, and the embedding's sums over tokens are gone."""
+    program = Program(tiny({**SHORT, "recipe": "f32", "data.seq_len": 12, "train.update": selected}))
+    examples = jax.ShapeDtypeStruct((1, 4, 13), jnp.int32)
+    compiled = program.train_step.lower(program.abstract_state(), examples).compile()
+    text, flops = compiled.as_text(), compiled.cost_analysis()["flops"]
+    products = re.findall(r"= \w+(\[[\d,]*\])\S* dot\(", text)
+    if backward is None:
+        # Twice the products of the forward pass more, and a second scatter: the first is that of the loss.
+        assert len(products) == 3 * len(FORWARD) and text.count(" scatter(") == 2
+        assert products.count("[16,16]") == 4  # the gradients of query, key, value and out
+        return
+    assert sorted(products) == sorted(FORWARD + backward) and text.count(" scatter(") == 1
+    moments = [leaf for leaf in jax.tree.leaves(program.abstract_state().opt_state) if leaf.ndim]
+    trained = program.update.selection.split(program.initial_state().params)[0]
+    assert sorted(leaf.shape for leaf in moments) == sorted(2 * [leaf.shape for leaf in trained.values()])
+    assert flops < 2.1e6  # of 3.0e6 with everything trained
 
 
 def test_the_steps_of_narrow_widths_learn_more_slowly():
@@ -194,17 +274,21 @@ def test_a_bridge_is_halved_where_its_phase_ends(tiny):
     assert crossed[0] > 1e-3 and crossed[1] < 1e-5 and crossed[2] > 1e-3
 
 
+GRADUAL = {"objective.name": "teacher_intervention", "objective.teacher": "nowhere"}
 REFUSED = [
     ({"objective.name": "destillation"}, "unknown objective 'destillation'; did you mean distillation"),
     ({"objective.rho": 0.1}, "objective.rho is 0.1, but the task's own loss does not use it; it is for sam, gaqat"),
     ({"objective.name": "sam", "objective.window": 7}, "objective 'sam' does not use it; it is for gaqat"),
     ({"objective.name": "distillation"}, "needs objective.teacher, the directory of a run"),
     ({"objective.name": "distillation", "objective.teacher": "nowhere"}, "there is no directory nowhere"),
+    ({**GRADUAL, "objective.phases": "layers until 2"}, "a list of places and the fractions of the run"),
+    ({**GRADUAL, "objective.phases": "a until 0.5", "objective.until": 0.3}, "what objective.until would: leave that"),
     ({"objective.name": "gaqat", "recipe": "nvfp4"}, "gaqat holds learned scales; recipe nvfp4 has none"),
     ({"objective.name": "widths", "recipe": "lsq_4"}, "take nested_8"),
     ({"objective.name": "widths", "recipe": "nested_8", "objective.widths": "8,5"}, "8, 6, 4, 2, not 5"),
     ({"objective.name": "widths", "recipe": "nested_8", "objective.widths": "8;4"}, "a list of bits, e.g. '8,6,4,2'"),
-    ({"optimizer.freeze_oscillations": 0.1, "recipe": "lsq_4"}, "does not serve recipe lsq_4"),
+    ({"optimizer.freeze_oscillations": 0.1, "recipe": "qvgen_4"}, "does not serve recipe qvgen_4"),
+    ({"optimizer.freeze_oscillations_start": 0.1}, "is 0, or from freeze_oscillations 0.0 > 0 to 1, not 0.1"),
     ({"optimizer.freeze_oscillations": 0.1, "recipe": "bf16 then lsq_4 at 50%"}, "freezes codes of one recipe"),
     ({"train.update": "layers/mpl/.*"}, "no parameter matches 'layers/mpl/.*'"),
     ({"train.update": "layers/.*", "recipe": "adapt"}, "the controller of recipe adapt needs all gradients"),

@@ -10,8 +10,9 @@ from lowprec import models
 from lowprec.errors import UsageError
 from lowprec.training import schedules
 from lowprec.training.config import OptimizerConfig
-from lowprec.training.optimizer import build_optimizer, decay_mask, names, reset_moments
+from lowprec.training.optimizer import build_optimizer, decay_mask, reset_moments
 from lowprec.training.schedules import learning_rate
+from lowprec.training.update_rules import names
 
 
 def rates(steps, **changes):
@@ -151,5 +152,5 @@ def test_moments_of_bfloat16_gradients_are_float32():
 
 
 def test_an_unknown_optimizer_names_the_nearest():
-    with pytest.raises(UsageError, match="unknown optimizer 'adam'; did you mean adamw"):
-        build_optimizer(OptimizerConfig("adam"), 10)
+    with pytest.raises(UsageError, match="unknown optimizer 'adamv'; did you mean adam, adamw"):
+        build_optimizer(OptimizerConfig("adamv"), 10)

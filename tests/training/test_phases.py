@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lowprec.errors import UsageError
+from lowprec.optim.paths import leaves_by_path
 from lowprec.training import train
 from lowprec.training.health import Health
 from lowprec.training.metrics import TIMINGS, read_lines
@@ -42,6 +43,10 @@ def assert_equal(first, second):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+def assert_close(first, second):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), first, second)
+
+
 FIRST_STEPS = [
     ("bf16", "bfloat16"),
     *(pytest.param(before, "float32", marks=pytest.mark.slow) for before in ("bf16", "f32")),
@@ -58,6 +63,28 @@ def test_the_first_step_of_a_ramp_is_that_of_the_recipe_before(tiny, before, dty
     onward = lambda program, state: steps_of(program, state, 1, program.batches()).params["layers"]
     fourth = onward(ramp, after[0]), onward(plain, after[1])
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), *fourth)))
+
+
+@pytest.mark.parametrize("before", ["lsq_4", pytest.param("fp8_delayed", marks=pytest.mark.slow)])
+def test_a_ramp_goes_on_with_what_the_recipe_before_has_learned_and_remembered(tiny, before):
+    """Its first step is that of the recipe before, up to the last bits, in which two compiled programs may differ."""
+    ramp = Program(tiny({"recipe": f"{before} then bitnet158 at 2 over 4"}))
+    plain = Program(tiny({"recipe": before}), ramp.data)
+    found, expected = (steps_of(program, program.initial_state(), 3, program.batches()) for program in (ramp, plain))
+    assert ramp.stage == 1
+    assert_close((found.params, found.opt_state), (expected.params, expected.opt_state))
+    for ours, theirs in (
+        (found.quantizers.params, expected.quantizers.params),
+        (found.quantizers.state, expected.quantizers.state),
+    ):
+        ours, theirs = leaves_by_path(ours), leaves_by_path(theirs)
+        own = {path.replace("/before_", "/"): leaf for path, leaf in ours.items() if "/before_" in path}
+        own |= {path: leaf for path, leaf in ours.items() if "dgrad.dy" in path}
+        assert set(own) == set(theirs)
+        assert_close(own, theirs)
+    if before == "fp8_delayed":
+        ended = steps_of(ramp, found, 4, ramp.batches())
+        assert ramp.stage == 2 and not jax.tree.leaves((ended.quantizers.params, ended.quantizers.state))
 
 
 @pytest.mark.slow
@@ -99,6 +126,27 @@ def test_a_reset_and_learned_parameters_at_a_switch(tiny):
     assert_equal(again.quantizers.params, fresh["quant_params"])
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), again.quantizers.params, ended.quantizers.params)
     assert all(jax.tree.leaves(changed))
+
+
+KEPT = [
+    pytest.param("teacher_intervention", "bf16 then nvfp4 at 4", True, marks=pytest.mark.slow),
+    ("gaqat", "lsq_4 then lsq_2 at 4", True),
+    ("gaqat", "lsq_4 then lsq_plus_4 at 4", False),
+]
+
+
+@pytest.mark.parametrize(("name", "recipe", "kept"), KEPT)
+def test_the_memory_of_an_objective_outlives_a_phase_where_it_fits_the_next(name, recipe, kept, tiny):
+    """That of GAQAT is about learned scales: where there are others, it starts anew."""
+    data = Program(tiny()).data
+    objective = {"objective.name": name, **({"objective.teacher": "there"} if "teacher" in name else {})}
+    program = Program(tiny({"recipe": recipe, **objective}), data)
+    state = program.initial_state()
+    used = jax.tree.map(lambda leaf: leaf + 1, state.quantizers.objective)
+    entered = program.enter(1, state._replace(quantizers=state.quantizers._replace(objective=used)))
+    anew = program.now.objective.init(entered.quantizers.params)
+    assert jax.tree.leaves(used)
+    assert_equal(entered.quantizers.objective, used if kept else anew)
 
 
 def without_timings(workdir):
@@ -172,6 +220,32 @@ def test_a_triggered_switch(tiny, tmp_path, monkeypatch):
         assert without_timings(target) == lines
     backward = lambda line: {name for name in line["quantization"]["layers/0/mlp/up"] if not name.startswith("fwd")}
     assert backward(lines[1]) and not backward(lines[-1])
+
+
+@pytest.mark.parametrize(
+    ("fmt", "drown"), [("int2@tensor", True), pytest.param("int8@tensor", False, marks=pytest.mark.slow)]
+)
+def test_the_monitor_ends_a_phase_when_gradients_lie_below_their_noise(fmt, drown, tiny, tmp_path):
+    """With a scale a tensor, 2 bits leave most gradients to noise, whose square is that of the largest; 8 bits do not.
+
+    The evaluation that finds more than half of them below √3 times their noise ends the phase.
+    """
+    text = f"fwd=bf16 dgrad={fmt}(stochastic),bf16 wgrad={fmt}(stochastic),bf16 then f32 when drowned"
+    changes = {"recipe": text, "train.steps": 10, "eval.every": 4, "eval.health": True, "checkpoint.every": 0}
+    summary = train(tiny(changes), tmp_path / "run")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    below = {}
+    for line in lines:
+        if "quantization" in line:
+            gradients = [of[name]["sqnr_db"] for of in line["quantization"].values() for name in of if "dy" in name]
+            assert len(gradients) == 14
+            below[line["step"]] = sum(10 ** (db / 20) < 3**0.5 for db in gradients)
+    assert [line["phase"] for line in lines] == ([0] * 4 + [1] * 6 if drown else [0] * 10)
+    # f32 has no operands to measure.
+    assert list(below) == ([4] if drown else [4, 8, 10])
+    assert all((count > 7) == drown for count in below.values())
+    if not drown:
+        assert len(summary["health"]["drowned"]) == below[10]
 
 
 def test_the_monitor_asks_for_more_than_half_of_the_gradients(program_of):

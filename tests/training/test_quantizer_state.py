@@ -1,11 +1,11 @@
 """What recipes add to the training state: learned parameters, remembered state, the scale of the loss."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from two_layers import TwoLayers
 
 from lowprec import recipes
 from lowprec.nn import linen
@@ -14,17 +14,10 @@ from lowprec.recipes import GemmRule, LossScaling, Quantizer, Recipe
 from lowprec.training.checkpoints import Checkpoints
 from lowprec.training.config import OptimizerConfig
 from lowprec.training.loss_scaling import LossScale
+from lowprec.training.objectives import TeacherIntervention
 from lowprec.training.optimizer import build_quantizer_optimizer
 from lowprec.training.state import initial_quantizers, initial_state, run_keys
-from lowprec.training.step import STEP_METRICS, Update, make_train_step
-
-
-class TwoLayers(nn.Module):
-    @nn.compact
-    def __call__(self, tokens):
-        x = nn.Embed(32, 16, name="embed")(tokens)
-        return nn.Dense(32, name="head")(nn.relu(nn.Dense(24, name="inner")(x)))
-
+from lowprec.training.step import STEP_METRICS, Update, make_train_step, metric_names
 
 MODEL = TwoLayers()
 TOKENS = np.random.default_rng(0).integers(0, 32, (1, 8, 9), dtype=np.int32)
@@ -99,6 +92,27 @@ def test_a_step_that_overflows_changes_nothing_but_the_scale():
     assert int(after.step) == 1 and float(after.quantizers.loss_scale.scale) == 2.0**59
     named = dict(zip(STEP_METRICS, np.asarray(metrics), strict=True))
     assert np.isfinite(list(named.values())).all() and named["grad_norm"] == named["update_norm"] == 0
+
+
+def test_a_skipped_step_is_none_to_the_objective():
+    """A teacher stands in for three steps that were taken, whatever was skipped before or between."""
+    objective = TeacherIntervention(MODEL, (("inner", 3),))
+    model, inputs = linen.quantize(MODEL, scaled(LossScaling(initial=2.0**60, period=100))), TOKENS[0, :, :-1]
+    state = initial_state(MODEL, UPDATE.optimizer, run_keys(0).params, 8)
+    made = initial_quantizers(model, UPDATE.quantizer_optimizer, state.params, inputs, jax.random.key(1))
+    state = state._replace(quantizers=made._replace(objective=objective.init(())))
+    step = jax.jit(make_train_step(model, UPDATE, jax.random.key(2), objective=objective))
+    names, teacher, seen = metric_names(objective, UPDATE), {"params": state.params}, []
+    for _ in range(80):
+        before = int(state.quantizers.objective["step"])
+        state, metrics = step(state, TOKENS, teacher)
+        named = dict(zip(names, np.asarray(metrics), strict=True))
+        skipped = named["update_norm"] == 0
+        assert int(state.quantizers.objective["step"]) == before + (not skipped)
+        seen.append((bool(skipped), float(named["teacher_share"])))
+    first = seen.index((False, 1.0))
+    assert first > 10 and all(skipped for skipped, _ in seen[:first])
+    assert [share for skipped, share in seen if not skipped][:4] == [1, 1, 1, 0]
 
 
 def test_small_gradients_survive_float16_by_the_scale_of_the_loss():

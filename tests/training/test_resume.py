@@ -97,6 +97,37 @@ def test_killed_twice_at_random_steps_by_recipe(recipe, training_command, tmp_pa
     assert_same_run(tmp_path / "run", tmp_path / "expected")
 
 
+RAMP = "bf16 then bitnet158 at 40% over 20% reset"
+# On 120 steps the ramp lies from 48 to 72, and checkpoints are of 49, 56, 63, 70. AdaPT decides after 50 and 100 steps.
+# (recipe, the steps at whose lines it is killed, what its lines tell of the change)
+DYNAMIC = {
+    "within a ramp": (RAMP, (52,), lambda line: line["phase"]),
+    "within and after a ramp": (RAMP, (52, 80), lambda line: line["phase"]),
+    "adapt": ("adapt", (55, 103), lambda line: sum(line["bits"].values())),
+    "fliqs": ("fliqs_6", (30, 80), lambda line: sum(line["bits"].values())),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["within a ramp", *(pytest.param(k, marks=pytest.mark.slow) for k in list(DYNAMIC)[1:])]
+)
+def test_killed_after_what_it_does_has_changed(kind, training_command, tmp_path):
+    """Within a ramp and after it; after the decisions of a controller, which stand in the lines that are compared."""
+    recipe, steps, told = DYNAMIC[kind]
+    changes, workdir, seen = {**STEPS, "recipe": recipe}, tmp_path / "run", []
+    for step in steps:
+        interrupt_at(step, signal.SIGKILL, training_command, workdir, changes)
+        assert not (workdir / "summary.json").exists()
+        seen.append(told(read_lines(workdir / "metrics.jsonl")[-1]))
+    if recipe == RAMP:
+        assert seen == [1, 2][: len(steps)]
+    finish(training_command(workdir, changes))
+    finish(training_command(tmp_path / "expected", changes))
+    assert_same_run(workdir, tmp_path / "expected")
+    decided = [told(line) for line in without_timings(workdir)]
+    assert len(set(decided[: steps[0]])) > 1 and len(decided) == STEPS["train.steps"]
+
+
 def test_signals_save_and_end_cleanly(reference, training_command, tmp_path):
     changes, expected = reference
     workdir = tmp_path / "run"

@@ -2,12 +2,12 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from two_layers import TwoLayers
 
 from lowprec.nn import linen
 from lowprec.training.config import OptimizerConfig
@@ -15,16 +15,6 @@ from lowprec.training.optimizer import build_optimizer
 from lowprec.training.state import TrainState, initial_state, run_keys
 from lowprec.training.step import STEP_METRICS, Update, make_train_step, mean_loss
 from lowprec.training.tasks import cross_entropy
-
-
-class TwoLayers(nn.Module):
-    """Enough of a language model for a step: each token predicts the next by itself."""
-
-    @nn.compact
-    def __call__(self, tokens):
-        x = nn.Embed(32, 16, name="embed")(tokens)
-        return nn.Dense(32, name="head")(nn.relu(nn.Dense(24, name="inner")(x)))
-
 
 MODEL = TwoLayers()
 TOKENS = np.random.default_rng(0).integers(0, 32, (8, 9), dtype=np.int32)
