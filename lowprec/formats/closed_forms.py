@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowprec.formats.bits import EXPONENT, divide, from_bits, to_bits
-from lowprec.typing import Array, Float, Int
+from lowprec.typing import Array, Float, Int, UInt32
 
 _MARGIN = np.float32(2**-8)  # above the error of a guess in float32, below a step
 
@@ -31,7 +31,7 @@ class ClosedForm(Protocol):
     def lower(self, place: Int[Array, "..."], thresholds: np.ndarray) -> Int[Array, "..."]:
         """The index of the largest value that is not above; the thresholds are the values but the least."""
 
-    def value(self, index: Int[Array, "..."]) -> Float[Array, "..."]:
+    def value(self, index: Int[Array, "..."] | UInt32[Array, "..."]) -> Float[Array, "..."]:
         """The values of indices."""
 
 
@@ -273,7 +273,7 @@ def _place(x):
     return to_bits(x).astype(jnp.int32)
 
 
-def select(index: Int[Array, "..."], constants: np.ndarray) -> Array:
+def select(index: Int[Array, "..."] | UInt32[Array, "..."], constants: np.ndarray) -> Array:
     """constants[index mod their number], a power of two, by the bits of the index."""
     chosen, bit = list(constants), 1
     while len(chosen) > 1:

@@ -61,6 +61,8 @@ class Outliers:
 
     def metrics(self) -> dict[str, Any]:
         """As they stand in a line of metrics.jsonl: of each layer too."""
+        if not self.layers:
+            return {}
         layers = {
             path: {name: short(value) for name, value in of_layer.items()} for path, of_layer in self.layers.items()
         }

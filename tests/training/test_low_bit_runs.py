@@ -153,7 +153,11 @@ def test_float32_moments_are_not_fused():
         assert (fused_optimizer(build_optimizer(config, 10), params) is not None) == fused
 
 
-@pytest.mark.parametrize("weights", [name for name in storages() if name != "f32"])
+def slow(*variants):
+    return [pytest.param(variant, marks=pytest.mark.slow) for variant in variants]
+
+
+@pytest.mark.parametrize("weights", ["bf16_stochastic", *slow(*sorted({*storages()} - {"f32", "bf16_stochastic"}))])
 def test_weights_without_a_float32_copy_learn(weights, tiny):
     """30 steps take the loss down as they do in float32, to within a quarter of what they gain."""
     changes = {"eval.every": 0, "checkpoint.every": 0, "train.steps": 30, "optimizer.lr": 2e-2}
@@ -185,7 +189,7 @@ def test_the_log_has_what_the_optimizer_tells(tiny, tmp_path):
     assert "resets" not in dict(optimizer_measures(OptimizerConfig("stable_adam4")))
 
 
-@pytest.mark.parametrize("weights", ["f32", "bf16_stochastic", "int8"])
+@pytest.mark.parametrize("weights", ["int8", *slow("f32", "bf16_stochastic")])
 def test_a_run_of_four_bits_that_was_stopped_and_resumed_is_the_same_bits(weights, tiny, tmp_path):
     changes = {**SMALL, "optimizer.name": "stable_adam4", "optimizer.weights": weights}
     program = Program(tiny(changes))

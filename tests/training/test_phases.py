@@ -65,7 +65,8 @@ def test_the_first_step_of_a_ramp_is_that_of_the_recipe_before(tiny, before, dty
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), *fourth)))
 
 
-@pytest.mark.parametrize("before", ["lsq_4", pytest.param("fp8_delayed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("before", ["lsq_4", "fp8_delayed"])
 def test_a_ramp_goes_on_with_what_the_recipe_before_has_learned_and_remembered(tiny, before):
     """Its first step is that of the recipe before, up to the last bits, in which two compiled programs may differ."""
     ramp = Program(tiny({"recipe": f"{before} then bitnet158 at 2 over 4"}))

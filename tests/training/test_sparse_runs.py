@@ -24,7 +24,13 @@ def top_two(scores):
     return np.moveaxis(mask.reshape(*scores.shape[:-2], scores.shape[-1], -1), -1, -2)
 
 
-@pytest.mark.parametrize("recipe", ["ast_2_4_wanda", "ast_2_4_wanda keeping first 1", "ast_2_4_slorb"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "ast_2_4_wanda",
+        *(pytest.param(r, marks=pytest.mark.slow) for r in ("ast_2_4_wanda keeping first 1", "ast_2_4_slorb")),
+    ],
+)
 def test_the_masks_of_the_optimizer_are_those_of_the_model(recipe, tiny):
     program = Program(tiny({**SPARSE, "recipe": recipe}))
     state, batches, rates = program.initial_state(), program.batches(), []

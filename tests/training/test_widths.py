@@ -32,6 +32,7 @@ def steps_of(program, count):
     return lines, state
 
 
+@pytest.mark.slow
 def test_a_certain_draw_is_training_at_that_width(tiny):
     """One width to be drawn from: step for step the loss of the recipe that reads it, and the same parameters after."""
     drawn, state = steps_of(Program(tiny({**SHORT, **DRAWN, "objective.widths": "4"})), 3)
