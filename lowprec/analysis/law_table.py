@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from lowprec.errors import UsageError, unknown
+from lowprec.sweeps.table_file import KINDS
 
 Table = dict[str, np.ndarray]
-KINDS = (".csv", ".parquet")
 
 
 def read_table(path: str | Path) -> Table:

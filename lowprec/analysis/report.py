@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from os.path import commonpath
 from pathlib import Path
 
+import numpy as np
+
 import lowprec
 from lowprec import recipes
 from lowprec.analysis.figures import new_figure, save_figure
 from lowprec.analysis.page import Page
 from lowprec.analysis.runs import Run, baseline_of, gaps
+from lowprec.analysis.spikes import exponential_average
 from lowprec.analysis.table import markdown_table
 from lowprec.errors import UsageError
 from lowprec.training.tasks import NEXT_TOKEN, SCORES, task_of
@@ -142,11 +145,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float)
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
+def _smoothed(values: Sequence[float]) -> np.ndarray:
     """An exponential average, unbiased at the beginning."""
-    keep = max(0.0, 1 - 1 / max(SMOOTHING * len(values), 1))
-    average, weight, result = 0.0, 0.0, []
-    for value in values:
-        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
-        result.append(average / weight)
-    return result
+    return exponential_average(values, max(0.0, 1 - 1 / max(SMOOTHING * len(values), 1)))

@@ -1,7 +1,6 @@
 """How long runs will take on this machine, from runs that were measured; no formula knows that of small models."""
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -12,6 +11,7 @@ from lowprec.sweeps.costs import cost
 from lowprec.sweeps.plan import PlannedRun
 from lowprec.sweeps.store import Store
 from lowprec.training.config import RunConfig
+from lowprec.training.packing import cores
 from lowprec.training.run_directory import read_json
 
 
@@ -87,11 +87,6 @@ class Estimator:
         distance: Callable[[float], float] = lambda flops: abs(math.log(flops / flops_per_token))
         nearest = min((flops for flops, _ in sized), key=distance)
         return median(flops / sample.seconds_per_token for flops, sample in sized if flops == nearest)
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def at_once(packed: int, processors: int) -> int:

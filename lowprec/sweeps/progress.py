@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lowprec.errors import UsageError
-from lowprec.sweeps.estimate import Estimator, Sample, at_once, cores, from_store
+from lowprec.sweeps.estimate import Estimator, Sample, at_once, from_store
 from lowprec.sweeps.lease import Owner
 from lowprec.sweeps.plan import Plan, PlannedRun, plans_in
-from lowprec.sweeps.store import STATES, Seen, State, Store
+from lowprec.sweeps.store import STATES, SUMMARIES, Seen, State, Store
+from lowprec.training.packing import cores
 from lowprec.training.run_directory import RunDirectory, read_json
 
 # Of metrics.jsonl: lines are shorter than half of it.
@@ -165,7 +166,7 @@ def _plain(directory: RunDirectory) -> Seen:
         status = (read_json(directory.summary) or {}).get("status")
     except UsageError as error:
         return Seen("unreadable", error=str(error))
-    if status in ("done", "diverged", "failed", "interrupted"):
+    if status in SUMMARIES:
         return Seen(status)
     return Seen("interrupted" if directory.metrics.exists() else "waiting")
 

@@ -11,7 +11,7 @@ Any number of processes on any machines may work on one store, and any of them m
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lowprec.errors import UsageError
 from lowprec.sweeps.lease import Lease, Observer, Owner, Record, newest
@@ -22,11 +22,12 @@ from lowprec.training.run_directory import RunDirectory, read_json, write_json
 # waiting: nobody has begun it, or who did left it; running: a worker has it; stale: its worker died; interrupted: its
 # worker was told to stop; unreadable: its summary or status cannot be read.
 State = Literal["waiting", "running", "stale", "interrupted", "done", "diverged", "failed", "unreadable"]
-STATES: tuple[State, ...] = State.__args__  # type: ignore[attr-defined]
+STATES: tuple[State, ...] = get_args(State)
 CLAIMABLE: tuple[State, ...] = ("waiting", "stale", "interrupted")
 ENDED: tuple[State, ...] = ("done", "diverged", "failed", "unreadable")
 
-_SUMMARIES = ("done", "diverged", "failed", "interrupted")
+# Of summaries.
+SUMMARIES = ("done", "diverged", "failed", "interrupted")
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def _read_summary(path: Path) -> State | None:
     summary = read_json(path)
     if summary is None:
         return None
-    if summary.get("status") not in _SUMMARIES:
+    if summary.get("status") not in SUMMARIES:
         raise UsageError(f"{path} does not say how the run ended: its status is {summary.get('status')!r}")
     return summary["status"]
 

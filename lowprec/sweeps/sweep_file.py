@@ -1,20 +1,18 @@
 """Sweep files: a config file that has get_sweep beside get_config. Both take the ARG of FILE:ARG, if they want it."""
 
 import hashlib
-import importlib.util
 import inspect
 import re
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from lowprec.errors import UsageError, unknown
+from lowprec.errors import UsageError
 from lowprec.sweeps.algebra import as_sweep
 from lowprec.sweeps.plan import Plan
 from lowprec.sweeps.settle import settled
-from lowprec.training.config_file import config_name, load_config
+from lowprec.training.config_file import config_name, config_of, import_file, overridden, require_file
 
 _OPTION = re.compile(r"--(?:no)?config\.([\w.]+)")
 
@@ -29,10 +27,8 @@ def load_plan(file: str, overrides: Sequence[str] = ()) -> Plan:
       UsageError: (a ValueError) what is wrong with the file, and in which line; with the sweep; with an override.
     """
     path, colon, argument = file.partition(":")
-    if not Path(path).is_file():
-        beside = [str(other) for other in Path(path).parent.glob("*.py")] if Path(path).parent.is_dir() else []
-        raise unknown("sweep file", path, beside)
-    module = _module(file, path)
+    require_file(path, "sweep file")
+    module = _called(file, path, lambda: import_file(Path(path)))
     functions = {name: getattr(module, name, None) for name in ("get_config", "get_sweep")}
     for name, function in functions.items():
         if not callable(function):
@@ -40,7 +36,7 @@ def load_plan(file: str, overrides: Sequence[str] = ()) -> Plan:
     wants = {name: _takes_argument(function) for name, function in functions.items()}
     if colon and not any(wants.values()):
         raise UsageError(f"sweep file {path}: neither get_config nor get_sweep takes the argument {argument!r}")
-    config = load_config(file if wants["get_config"] else path, overrides)
+    config = overridden(config_of(file if wants["get_config"] else path, module), overrides)
     arguments = (argument,) if colon and wants["get_sweep"] else ()
     points = _called(file, path, lambda: as_sweep(functions["get_sweep"](*arguments)))
     given = {match[1] for text in overrides if (match := _OPTION.match(text))}
@@ -52,15 +48,6 @@ def _plan_name(file: str, overrides: Sequence[str]) -> str:
     if not overrides:
         return config_name(file)
     return f"{config_name(file)}-{hashlib.sha256(' '.join(overrides).encode()).hexdigest()[:6]}"
-
-
-def _module(file: str, path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"sweep_{Path(path).stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    loader = spec.loader
-    _called(file, path, lambda: loader.exec_module(module))
-    return module
 
 
 def _called(file: str, path: str, function: Any) -> Any:

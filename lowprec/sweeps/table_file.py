@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowprec.errors import UsageError, unknown
+from lowprec.training.run_directory import written_whole
 
 KINDS = (".csv", ".parquet")
 
@@ -34,13 +35,9 @@ def write_table(path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any
     check_output(path)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     typed = {name: _of_one_type(values) for name, values in columns.items()}
-    try:
+    with written_whole(path) as temporary:
         (_write_parquet if path.suffix == ".parquet" else _write_csv)(temporary, typed)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _of_one_type(values: Sequence[Any]) -> list[Any]:

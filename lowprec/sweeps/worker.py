@@ -22,7 +22,7 @@ from lowprec.sweeps.lease import BEATS_WITHIN_PATIENCE, Lease
 from lowprec.sweeps.plan import Plan, PlannedRun
 from lowprec.sweeps.store import State, Store
 from lowprec.training import multihost
-from lowprec.training.failures import explain, keep_traceback
+from lowprec.training.failures import explain, is_disk_full, keep_traceback
 from lowprec.training.launch import train
 from lowprec.training.packing import pack_key, train_packed
 
@@ -176,18 +176,13 @@ class _Worker:
 
     def _raise_if_full(self, error: Exception, run: PlannedRun) -> None:
         """A full disk is no fault of the run: it can be claimed again, but not by a worker on this disk."""
-        if is_full(error):
+        if is_disk_full(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._store.directory(run.id).path)) from error
 
     def check_leases(self) -> None:
         """Ends the process if a run that it has was taken over."""
         if not all(lease.is_mine() for _, lease in list(self._held.values())):
             _end_lost()
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether it comes of a disk, or a quota, that is full."""
-    return explain(error, None) == explain(OSError(errno.ENOSPC, ""), None)
 
 
 def _end_lost() -> NoReturn:
@@ -206,18 +201,19 @@ def _environment(threads: int) -> Iterator[None]:
 
     XLA's CPU client reads their number from NPROC when it is made; it has no other setting for it.
     """
-    before = dict(os.environ)
-    for name in (multihost.COORDINATOR, multihost.PROCESSES, multihost.PROCESS):
+    membership = (multihost.COORDINATOR, multihost.PROCESSES, multihost.PROCESS)
+    before = {name: os.environ.get(name) for name in ("NPROC", *membership)}
+    for name in membership:
         os.environ.pop(name, None)
     if threads:
         os.environ["NPROC"] = str(threads)
     try:
         yield
     finally:
-        for name in ("NPROC", multihost.COORDINATOR, multihost.PROCESSES, multihost.PROCESS):
+        for name, value in before.items():
             os.environ.pop(name, None)
-            if name in before:
-                os.environ[name] = before[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -257,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _ended_by(str(error), BAD_USAGE)
     except OSError as error:
-        return _ended_by(explain(error, None) or _one_line(error), FULL if is_full(error) else FAILED)
+        return _ended_by(explain(error, None) or _one_line(error), FULL if is_disk_full(error) else FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED
     return INTERRUPTED if tally.left else DONE

@@ -1,9 +1,11 @@
 """`--config=FILE[:ARG] --config.a.b=value`: config files and overrides, as ml_collections' users know them."""
 
+import contextlib
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from lowprec.errors import UsageError, unknown
@@ -25,8 +27,8 @@ def load_config(file: str | None, overrides: Sequence[str] = ()) -> "ConfigDict"
     Raises:
       UsageError: (a ValueError) no such file or argument; unknown key or a value that cannot be read.
     """
-    config = default() if file is None else _run_file(file)
-    return _override(config, overrides)
+    config = default() if file is None else config_of(file, _executed(file))
+    return overridden(config, overrides)
 
 
 def config_name(file: str | None) -> str:
@@ -37,30 +39,62 @@ def config_name(file: str | None) -> str:
     return "-".join(filter(None, (Path(path).stem, argument.replace("/", "_"))))
 
 
-def _run_file(file: str) -> "ConfigDict":
-    from ml_collections import ConfigDict
-
-    name, colon, argument = file.partition(":")
+def require_file(name: str, kind: str) -> None:
+    """
+    Raises:
+      UsageError: (a ValueError) if there is no such file of this kind; it names those beside it.
+    """
     path = Path(name)
     if not path.is_file():
         beside = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise unknown("config file", name, beside)
+        raise unknown(kind, name, beside)
+
+
+def import_file(path: Path) -> ModuleType:
+    """Executes a Python file as a module that nobody else can import; what it raises is its own."""
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _executed(file: str) -> ModuleType:
+    name, _, _ = file.partition(":")
+    require_file(name, "config file")
+    with _errors_of(file):
+        return import_file(Path(name))
+
+
+def config_of(file: str, module: ModuleType) -> "ConfigDict":
+    """What get_config of a file gives, for the ARG of FILE:ARG where there is one.
+
+    Raises:
+      UsageError: (a ValueError) what goes wrong in it, or that it is no ConfigDict.
+    """
+    from ml_collections import ConfigDict
+
+    _, colon, argument = file.partition(":")
+    with _errors_of(file):
         config = module.get_config(argument) if colon else module.get_config()
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"config file {file}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise UsageError(f"config file {file}: get_config returned {type(config).__name__}, not a ConfigDict")
     return config
 
 
-def _override(config: "ConfigDict", overrides: Sequence[str]) -> "ConfigDict":
+@contextlib.contextmanager
+def _errors_of(file: str) -> Iterator[None]:
+    """What is raised inside becomes an error that names the file."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"config file {file}: {type(error).__name__}: {error}") from error
+
+
+def overridden(config: "ConfigDict", overrides: Sequence[str]) -> "ConfigDict":
+    """A config after arguments of the command line, see `load_config`."""
     from absl import flags
     from ml_collections import config_flags
 

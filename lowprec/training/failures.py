@@ -15,20 +15,33 @@ _DISK_TEXTS = ("No space left on device", "Disk quota exceeded")
 
 def explain(error: BaseException, workdir: Path | None) -> str | None:
     """One or two lines for a failure whose cause lies outside; None for any other."""
+    return next(filter(None, (_explained(each, workdir) for each in _chain(error))), None)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether what `explain` tells of is a disk, or a quota, that is full."""
+    told = next((each for each in _chain(error) if _explained(each, None)), None)
+    return told is not None and not isinstance(told, MemberFailed) and _says_full(told)
+
+
+def _explained(error: BaseException, workdir: Path | None) -> str | None:
     place = f" {workdir}" if workdir else ""
-    for each in _chain(error):
-        if isinstance(each, MemberFailed):
-            return str(each)
-        if getattr(each, "errno", None) in _DISK or any(text in str(each) for text in _DISK_TEXTS):
-            return (
-                f"the disk of{place or ' the run'} is full; what was complete there is still good. "
-                "Free some space and give the same command again"
-            )
-        if isinstance(each, OSError) and each.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return f"cannot write {each.filename or place}: {os.strerror(each.errno)}"
-        if "RESOURCE_EXHAUSTED" in str(each) or isinstance(each, MemoryError):
-            return "out of memory; smaller microbatches (train.accumulate), model.remat and mesh.fsdp need less"
+    if isinstance(error, MemberFailed):
+        return str(error)
+    if _says_full(error):
+        return (
+            f"the disk of{place or ' the run'} is full; what was complete there is still good. "
+            "Free some space and give the same command again"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"cannot write {error.filename or place}: {os.strerror(error.errno)}"
+    if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+        return "out of memory; smaller microbatches (train.accumulate), model.remat and mesh.fsdp need less"
     return None
+
+
+def _says_full(error: BaseException) -> bool:
+    return getattr(error, "errno", None) in _DISK or any(text in str(error) for text in _DISK_TEXTS)
 
 
 def keep_traceback(error: BaseException, path: Path) -> Path | None:

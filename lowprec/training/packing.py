@@ -122,7 +122,7 @@ def train_packed(
         for index in waiting:
             stack.enter_context(runs[index].claimed())
         wish = stack.enter_context(StopRequest()) if stop is None else stop
-        workers = stack.enter_context(ThreadPoolExecutor(min(len(waiting), _cores())))
+        workers = stack.enter_context(ThreadPoolExecutor(min(len(waiting), cores())))
         shared.compile(workers, [configs[index] for index in waiting])
 
         def train_one(index: int) -> dict[str, Any]:
@@ -191,7 +191,8 @@ def _signature(config: RunConfig) -> str:
     return open_recipe(recipe_of(config)).signature
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -16,18 +16,24 @@ from lowprec.training.config import RunConfig, differences, resolve
 FINISHED = ("done", "diverged")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes the file whole: readers see the old or the new one, also when this process dies."""
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Another name to write a file under: readers see the old or the new one, also when this process dies."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w") as file:
-            json.dump(finite_or_null(value), file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the file whole, and to the disk."""
+    with written_whole(path) as temporary, temporary.open("w") as file:
+        json.dump(finite_or_null(value), file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def finite_or_null(value: Any) -> Any:

@@ -108,6 +108,7 @@ def test_sweeps_are_sequences_and_lists_of_dicts_are_sweeps():
     sweep = [{"seed": 1}, {"seed": 2, "recipe": "bf16"}] * sweeps.axis("train.steps", 5)
     assert plain(sweep) == [{"seed": 1, "train.steps": 5}, {"seed": 2, "recipe": "bf16", "train.steps": 5}]
     assert sweep[1]["recipe"] == "bf16" and len(sweep[:1]) == 1 and sweep[:1] == sweeps.Sweep(sweep.points[:1])
+    # The sums are what is tested here (RUF005 would unpack them).
     assert plain(sweeps.seeds(1, first=3) + [{"seed": 0}]) == [{"seed": 3}, {"seed": 0}]  # noqa: RUF005
     assert plain([{"seed": 0}] + sweeps.seeds(1, first=3)) == [{"seed": 0}, {"seed": 3}]  # noqa: RUF005
 

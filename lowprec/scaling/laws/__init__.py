@@ -1,6 +1,6 @@
 """The laws by name."""
 
-from lowprec.errors import unknown
+from lowprec.errors import lookup
 from lowprec.scaling.law import Law
 from lowprec.scaling.laws import base, efficiency, gaps, precision
 
@@ -18,6 +18,4 @@ def get(name: str) -> Law:
     Raises:
       UsageError: (a ValueError) if there is none; it names the nearest.
     """
-    if name not in _LAWS:
-        raise unknown("law", name, _LAWS)
-    return _LAWS[name]
+    return lookup("law", _LAWS, name)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from lowprec.errors import UsageError, require, unknown
+from lowprec.errors import UsageError, lookup, require
 from lowprec.sweeps.plan import Plan
 from lowprec.sweeps.store import Seen, Store
 
@@ -140,7 +140,6 @@ def get(name: str, options: Mapping[str, str] | None = None) -> Launcher:
     Raises:
       UsageError: (a ValueError) there is no such launcher or option.
     """
-    if name not in _CLASSES:
-        raise unknown("launcher", name, _CLASSES)
-    launcher = getattr(importlib.import_module(f"{__name__}.{name}"), _CLASSES[name])
+    class_name = lookup("launcher", _CLASSES, name)
+    launcher = getattr(importlib.import_module(f"{__name__}.{name}"), class_name)
     return launcher.from_options(options or {})
