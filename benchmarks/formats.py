@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from benchmarks.interleaved import command_line, paired, say_where, timed, write_table
+from benchmarks.options import command_line, say_where, write_table
 from lowprec import formats
+from lowprec.analysis.bench.interleaved import paired, timed
 from lowprec.formats.rounding import KINDS
 from lowprec.quantizers import fake_quant
 from lowprec.training.host_memory import keep_freed_memory

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.interleaved import say_where
+from benchmarks.options import say_where
 
 FORMATS = ("int2", "int3", "int4", "int8")
 # Steps of S0 at 5 tokens a parameter instead of 20.

@@ -8,54 +8,19 @@ to quote is the ratio of process CPU time per step ("cpu"). Peers are measured b
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from importlib import util
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import optax
-
-from benchmarks.interleaved import Times, command_line, say_where, step_ratios, timed, write_table
-from lowprec import recipes
-from lowprec.nn import linen
-
-SHORT_FORMS = {
-    "int8 forward": "fwd=int8_symmetric@row",
-    "fp8 e4m3fn forward": "fwd=e4m3fn@row",
-    "fp8 e4m3fn/e5m2": "fwd=e4m3fn@row dgrad=e5m2@row,reuse wgrad=e5m2@row,reuse",
-    "fp8 e4m3fn/e5m2 stochastic": "fwd=e4m3fn@row dgrad=e5m2@row(stochastic),reuse wgrad=e5m2@row(stochastic),reuse",
-    "int8 three products": "fwd=int8_symmetric@row dgrad=int8_symmetric@row wgrad=int8_symmetric@row",
-    "int8 three products stochastic": (
-        "fwd=int8_symmetric@row dgrad=int8_symmetric@row(stochastic),int8_symmetric@row "
-        "wgrad=int8_symmetric@row(stochastic),int8_symmetric@row"
-    ),
-    "mxfp4 three products": "fwd=mxfp4 dgrad=mxfp4 wgrad=mxfp4",
-}
-NAMED = ("bf16", "int8", "int8_full", "fp8", "fp8_block", "mxfp8", "nvfp4", "quartet2", "quest_4", "bitnet158")
-
-
-class MLP(nn.Module):
-    width: int
-    layers: int
-    dot_general_cls: Callable | None = None
-
-    @nn.compact
-    def __call__(self, x):
-        for i in range(self.layers):
-            x = nn.Dense(self.width, use_bias=False, dot_general_cls=self.dot_general_cls)(x)
-            x = nn.relu(x) if i < self.layers - 1 else x
-        return x
+from benchmarks.options import command_line, say_where, write_table
+from lowprec.analysis.bench.recipe_steps import MLP, Step, batch, measure, quantized_models
 
 
 def variants(width: int, layers: int) -> Iterator[tuple[str, Callable]]:
     """Names and makers of models; a model has init and apply."""
-    plain = MLP(width, layers)
-    for name in (*SHORT_FORMS, *NAMED):
-        yield f"lowprec {name}", functools.partial(linen.quantize, plain, recipes.parse(SHORT_FORMS.get(name, name)))
+    for name, make in quantized_models(width, layers):
+        yield f"lowprec {name}", make
     if util.find_spec("qwix"):
-        yield from _qwix(plain)
+        yield from _qwix(MLP(width, layers))
     if util.find_spec("aqt"):
         yield from _aqt(width, layers)
 
@@ -94,53 +59,13 @@ def _aqt(width, layers):
     yield "aqt fp8 e4m3/e5m2 stochastic", functools.partial(model, hybrid)
 
 
-class Step:
-    """A compiled training step and its state."""
-
-    def __init__(self, model, x, y):
-        streams = lambda key: {"quant": key, "params": key, "stochastic_rounding": key}
-        params = model.init(streams(jax.random.key(0)), x)["params"]
-        optimizer = optax.sgd(1e-2)
-
-        def step(state, key, x, y):
-            params, opt_state = state
-            loss = lambda p: jnp.mean((model.apply({"params": p}, x, rngs=streams(key)) - y) ** 2)
-            value, gradient = jax.value_and_grad(loss)(params)
-            updates, opt_state = optimizer.update(gradient, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), value
-
-        self.key, self.inputs = jax.random.key(7), (x, y)
-        self.state = (params, optimizer.init(params))
-        start = time.perf_counter()
-        lowered = jax.jit(step, donate_argnums=0).lower(self.state, self.key, x, y)
-        self.compiled = lowered.compile()
-        self.compile_seconds = time.perf_counter() - start
-        self.temporary_bytes = self.compiled.memory_analysis().temp_size_in_bytes
-
-    def run(self) -> Times:
-        """One step."""
-        return timed(self._step)
-
-    def _step(self):
-        self.state, loss = self.compiled(self.state, self.key, *self.inputs)
-        return self.state, loss
-
-
-def measure(step: Step, base: Step, seconds: float) -> dict:
-    return {
-        **step_ratios(step.run, base.run, seconds, least=10),
-        "memory": step.temporary_bytes / base.temporary_bytes,
-        "compile_s": step.compile_seconds,
-    }
-
-
 def main() -> None:
     parser = command_line(__doc__, seconds=3.0)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     options = parser.parse_args()
-    x, y = (jax.random.normal(jax.random.key(i), (options.batch, options.width)) for i in (1, 2))
+    x, y = batch(options.batch, options.width)
     base = Step(MLP(options.width, options.layers), x, y)
     say_where("jax", "flax", "qwix", "aqtp")
     print(

@@ -31,7 +31,7 @@ def test_the_first_example_learns():
 def test_the_commands_exist():
     commands = set(re.findall(r"^lowprec (\w+)", TEXT, flags=re.M))
     catalogs, sweeps = {"recipes", "formats", "optimizers"}, {"sweep", "status", "collect", "fit"}
-    assert commands == {"train", "eval", "report"} | catalogs | sweeps
+    assert commands == {"train", "eval", "report", "bench"} | catalogs | sweeps
     for command in commands:
         subprocess.run([sys.executable, "-m", "lowprec", command, "--help"], capture_output=True, check=True)
 

@@ -72,7 +72,7 @@ def _curvatures(paths: Sequence[Path]) -> list[dict[str, Any]]:
     measured, meter = [], None
     for path in paths:
         program, checkpoint, _ = open_run(path)
-        meter = meter or CurvatureMeter(program, iterations=15)
+        meter = meter or CurvatureMeter(program, iterations=100)
         batches = map(program.task.examples, program.eval_batches[:4])
         examples = jax.tree.map(lambda *rows: np.concatenate(rows), *batches)
         last_rate = float(program.update.schedule(checkpoint.state.step - 1))

@@ -137,3 +137,13 @@ def divide(x: Float[Array, "..."], y: Float[Array, "..."] | np.float32) -> Float
     an ulp away in a third of the cases; it does not where the divisor is an array that it cannot see through.
     """
     return x / (y + 0 * x)
+
+
+def carry_to_bfloat16(x: Float[Array, "..."], random: UInt32[Array, "..."]) -> Float[Array, "..."]:
+    """x rounded stochastically to bfloat16, as float32; up to infinity, and what is not finite stays.
+
+    The 16 bits that are dropped, plus the 16 high ones of `random`, carry with the right probability.
+    """
+    bits = to_bits(x)
+    carried = (bits + (random >> 16)) & np.uint32(0xFFFF0000)
+    return from_bits(jnp.where((bits & MAGNITUDE) < EXPONENT, carried, bits))

@@ -207,7 +207,7 @@ class Softsign(_Magnitudes):
     center: int
 
     def _nearest(self, a, thresholds, ties):
-        guess = jnp.floor(self._steps(a) + (np.float32(0.5) - _MARGIN)).astype(jnp.int32)
+        guess = (self._steps(a) + (np.float32(0.5) - _MARGIN)).astype(jnp.int32)  # above zero it drops the fraction
         u = 2 * guess + 1
         factor = (4 * self.top - u).astype(jnp.float32)
         high, low = _split(a, 12)

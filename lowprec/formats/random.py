@@ -96,7 +96,18 @@ def random_bits(
     words = key.words if isinstance(key, DrawnKey) else jax.random.bits(key, (2,), jnp.uint32)
     first, total = rows or (0, None)
     low, high = _flat_index(tuple(shape), total=total, first=first)
-    return jnp.broadcast_to(_mix(_mix(low + words[0]) ^ (words[1] + high)), shape)
+    return jnp.broadcast_to(bits_at(words, low, high), shape)
+
+
+def bits_at(
+    words: UInt32[Array, " 2"], low: UInt32[Array, "..."], high: UInt32[Array, "..."] | np.uint32 | int = 0
+) -> UInt32[Array, "..."]:
+    """The random bits of the elements at flat indices, high · 2^32 + low: `random_bits` for a tile of an array.
+
+    Args:
+      words: of a `DrawnKey`; of another key, `jax.random.bits(key, (2,), uint32)`.
+    """
+    return _mix(_mix(low + words[0]) ^ (words[1] + jnp.uint32(high)))
 
 
 def _flat_index(shape, limit=1 << 32, total=None, first=0):

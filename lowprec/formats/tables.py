@@ -91,9 +91,12 @@ def _nearest_index(x, fmt, rounding, random):
             up = random >> 31 == 1
         case "stochastic":
             # As for floats δ is the fraction dropped from the magnitude: the way from the neighbour toward zero.
-            x, mirrored = jnp.clip(x, values[0], values[-1]), negative & ~around_zero
-            way = jnp.where(mirrored, high - x, x - low) / jnp.where(high > low, high - low, 1)
-            up = mirrored ^ _moves_away(way, rounding, random)
+            x, gap = jnp.clip(x, values[0], values[-1]), jnp.where(high > low, high - low, 1)
+            if values[0] >= 0:
+                up = _moves_away((x - low) / gap, rounding, random)
+            else:
+                mirrored = negative & ((low >= 0) | (high <= 0))
+                up = mirrored ^ _moves_away(jnp.where(mirrored, high - x, x - low) / gap, rounding, random)
     return lower + ((place > _order(low)) & up).astype(jnp.uint32)
 
 

@@ -16,8 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lowprec.errors import UsageError
 from lowprec.formats.scaling import Scale
-from lowprec.ops.backends import Kept, keep, multiply
+from lowprec.ops.backends import multiply
 from lowprec.ops.canonical import DimensionNumbers, canonical_form, default_dimension_numbers
+from lowprec.ops.kept import Kept, keep
 from lowprec.ops.operand import Operand, Streams, gradient_factor, quantize_operand, rotate, unrotate
 from lowprec.ops.rule import GemmRule
 from lowprec.ops.saved import KEPT, SAVED_X, Codes, Exact, Recompute, keep_input, saved, slot_name
@@ -53,14 +54,15 @@ def qdot(
       variables: of quantizers that learn or remember (`ops.initial_variables`): parameters get their gradient, the
         cotangent of a slot says what its operand looked like. Or a function that gives them for x and w in canonical
         form, (…, M, K) and (…, K, N).
-      backend: "emulate": values on the grid, multiplied in float32 (defines the result); "native": XLA's own int8,
-        fp8 and bf16 products; "auto": native where it is known to pay on this device.
+      backend: "emulate": values on the grid, multiplied in float32 (defines the result); "native": XLA's own products
+        of int8, fp8, scaled blocks and 16 bits; "pallas": our kernels, and where none serves, XLA's products or
+        emulation, which is said once; "auto": by the device, the formats and the shapes (`backends.AUTO`).
     Returns:
       As `lax.dot_general`, in the common dtype of x and w; products are accumulated in float32, or as the rule
       says.
     Raises:
       ValueError: stochastic rounding without a key; a block that does not divide its axis and has no `pad`; a backend
-        that cannot serve the rule, with the reason; operands whose contraction axes differ in length.
+        "native" that cannot serve the rule, with the reason; operands whose contraction axes differ in length.
       TypeError: `rule` is not a GemmRule.
     """
     if not isinstance(rule, GemmRule):
@@ -145,12 +147,13 @@ class Residuals(NamedTuple):
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 @partial(jax.jit, static_argnums=5)
 def _product(x, w, key, taps, variables, call):
-    forward_x, forward_w = _forward_operands(x, w, Streams(key, variables.state), call.rule)
+    forward_x, forward_w = _forward_operands(x, w, Streams(key, variables.state), call)
     return multiply(forward_x, forward_w, call.backend, call.rule.accumulation)
 
 
-def _forward_operands(x, w, streams, rule):
-    return quantize_operand(rule.fwd[0], x, "fwd.x", streams), quantize_operand(rule.fwd[1], w, "fwd.w", streams)
+def _forward_operands(x, w, streams, call):
+    operands = zip(call.rule.fwd, (x, w), ("fwd.x", "fwd.w"), strict=True)
+    return [quantize_operand(q, v, name, streams, backend=call.backend) for q, v, name in operands]
 
 
 @partial(jax.jit, static_argnums=5)
@@ -162,7 +165,7 @@ def _forward(x, w, key, taps, variables, call):
             "split_rngs={'quant': True} in a model's own nn.scan; in NNX model.train() and rngs=nnx.Rngs(quant=seed)"
         )
     streams = Streams(key, variables.state)
-    fx, fw = _forward_operands(x, w, streams, rule)
+    fx, fw = _forward_operands(x, w, streams, call)
     observed = {SAVED_X: rule.saved.observe(x)} if SAVED_X in variables.slots else {}
     from_original = rule.wgrad[1].source == "original"
     narrow, policy = isinstance(rule.saved, Codes), rule.saved or Exact()
@@ -185,21 +188,24 @@ def _forward(x, w, key, taps, variables, call):
 @partial(jax.jit, static_argnums=0)
 def _backward(call, kept, dy):
     rule, streams = call.rule, Streams(kept.key, kept.variables.state)
+    # The product was cast to this dtype, and so was its gradient.
+    dy = dy.astype(jnp.result_type(call.x_dtype, call.w_dtype))
     # Without the barrier XLA would find the forward operand again and keep it after all.
-    forward_w = quantize_operand(rule.fwd[1], lax.optimization_barrier(kept.w), "fwd.w", streams, kept.scale_w)
-    dgrad_w = from_source(rule.dgrad[1], "dgrad.w", kept.w, forward_w, streams)
-    dgrad_dy = quantize_operand(rule.dgrad[0], dy, "dgrad.dy", streams)
+    again = lax.optimization_barrier(kept.w)
+    forward_w = quantize_operand(rule.fwd[1], again, "fwd.w", streams, kept.scale_w, call.backend)
+    dgrad_w = from_source(rule.dgrad[1], "dgrad.w", kept.w, forward_w, streams, call.backend)
+    dgrad_dy = quantize_operand(rule.dgrad[0], dy, "dgrad.dy", streams, backend=call.backend)
     dx = multiply(dgrad_dy, dgrad_w, call.backend, rule.accumulation)
     dx = through_quantizer(dx, rule.fwd[0], "fwd.x", rule.dgrad[1], kept.factor_x, streams, call.inputs)
     # One product after the other: side by side, the temporaries of both would be alive at once.
     dx, dy, x, forward_x = lax.optimization_barrier((dx, dy, kept.x, kept.forward_x))
     forward_x = None if forward_x is None else forward_x.restore("fwd.x")
     x = None if x is None else (rule.saved or Exact()).restore(x)
-    wgrad_x = from_source(rule.wgrad[1], "wgrad.x", x, forward_x, streams)
+    wgrad_x = from_source(rule.wgrad[1], "wgrad.x", x, forward_x, streams, call.backend)
     if rule.wgrad[0].source == "reuse":
         wgrad_dy = replace(dgrad_dy, name="wgrad.dy")
     else:
-        wgrad_dy = quantize_operand(rule.wgrad[0], dy, "wgrad.dy", streams)
+        wgrad_dy = quantize_operand(rule.wgrad[0], dy, "wgrad.dy", streams, backend=call.backend)
     dw = multiply(wgrad_x, wgrad_dy, call.backend, rule.accumulation)
     factor_w = gradient_factor(rule.fwd[1], forward_w)
     dw = through_quantizer(dw, rule.fwd[1], "fwd.w", rule.wgrad[1], factor_w, streams, call.inputs)
@@ -223,11 +229,12 @@ def _stack_sums(rows):
     return jnp.stack([jnp.zeros(len(SUMS)) if row is None else row for row in rows])
 
 
-def from_source(q, name, original, forward, streams):
+def from_source(q, name, original, forward, streams, backend="emulate"):
     """The operand of a backward product that the forward one has seen before."""
     if q.source == "reuse":
         return replace(forward, name=name)
-    return quantize_operand(q, original if q.source == "original" else forward.values, name, streams)
+    source = original if q.source == "original" else forward.values
+    return quantize_operand(q, source, name, streams, backend=backend)
 
 
 def through_quantizer(g, q, name, other, factor, streams, inputs):

@@ -19,6 +19,7 @@ from lowprec.ops.dot import from_source, through_quantizer
 from lowprec.ops.group_scales import by_group, check_groups, row_alignment
 from lowprec.ops.operand import Operand, Streams, gradient_factor, quantize_operand
 from lowprec.ops.rule import GemmRule
+from lowprec.pallas.dispatch import say_once
 from lowprec.quantizers.estimators import Factor
 from lowprec.quantizers.normalize import normalize_rows
 from lowprec.typing import Array, Bool, Float, Int
@@ -45,7 +46,7 @@ def qragged_dot(
       w: a matrix for each group.
       group_sizes: how many rows each has; none is fine. Rows beyond their sum give zeros and get no gradient.
       rule, key: see `qdot`.
-      backend: "emulate", which "auto" takes too.
+      backend: "emulate", which "auto" and "pallas" take too.
     Returns:
       In the common dtype of x and w; an exact rule gives `lax.ragged_dot` itself.
     Raises:
@@ -59,7 +60,9 @@ def qragged_dot(
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
     if backend == "native":
-        raise UsageError("backend 'native' has no products of groups; 'emulate' and 'auto' do")
+        raise UsageError("backend 'native' has no products of groups; the others do")
+    if backend == "pallas" and not rule.exact:
+        say_once("a product of groups", "there are no kernels of groups")
     if rule.saved is not None:
         raise UsageError(f"qragged_dot keeps x as its products take it, not as the policy {rule.saved} says")
     if rule.exact:

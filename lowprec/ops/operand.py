@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from lowprec.formats.random import DrawnKey, Key, draw_keys
 from lowprec.formats.scaling import Scale
+from lowprec.ops.kernel_rounding import rounded_by_kernel, why_not_rounded
+from lowprec.pallas.dispatch import say_once
 from lowprec.quantizers import OPERANDS, Quantizer, Rounded, error_sums, hadamard, inverse_hadamard
 from lowprec.quantizers.estimators import Factor
 from lowprec.quantizers.variables import Arrays
@@ -85,20 +87,41 @@ class Streams:
 
 
 def quantize_operand(
-    q: Quantizer, x: Float[Array, "..."], name: str, streams: Streams, scale: Scale | None = None
+    q: Quantizer,
+    x: Float[Array, "..."],
+    name: str,
+    streams: Streams,
+    scale: Scale | None = None,
+    backend: str = "emulate",
 ) -> Operand:
-    """x as the operand `name` of a product: rotated, then rounded along the contraction axis, by `scale` if given."""
+    """x as the operand `name` of a product: rotated, then rounded along the contraction axis, by `scale` if given.
+
+    Args:
+      backend: "pallas": by a kernel, where one serves, which finds the same scale again.
+    """
     if q.exact:
         return Operand(name, x, None)
     rotated = rotate(q, x.astype(jnp.float32), name, streams)
     key = streams.operand(name) if q.stochastic else None
-    rounded = q.round(rotated, CONTRACTION[name], key, streams.state.get(name), scale)
+    if backend == "pallas" and _by_kernel(q, x, name):
+        signs = None if q.rotation is None else _signs(q, rotated.shape[CONTRACTION[name]], name, streams)
+        rounded = rounded_by_kernel(q, x, CONTRACTION[name], signs, key if q.rounding.stochastic else None)
+        rounded = rounded if q.correction is None else q.correction(rotated, rounded, CONTRACTION[name], key)
+    else:
+        rounded = q.round(rotated, CONTRACTION[name], key, streams.state.get(name), scale)
     if q.rotation is None or q.rotation.side == "inner":
         return Operand(name, rotated, rounded)
     axis = _rotated_axis(q, name)
     length = rotated.shape[axis]
     outer = Outer(q.rotation.block(length), _signs(q, length, name, streams), x.shape[axis])
     return Operand(name, rotated, rounded, outer)
+
+
+def _by_kernel(q, x, name):
+    reason = why_not_rounded(q, x, CONTRACTION[name])
+    if reason:
+        say_once(f"the rounding of {name}", reason)
+    return reason is None
 
 
 def rotate(q: Quantizer, x: Float[Array, "..."], name: str, streams: Streams) -> Float[Array, "..."]:

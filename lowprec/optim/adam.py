@@ -11,6 +11,7 @@ from jax import lax
 from lowprec.errors import unknown
 from lowprec.optim.descent import Mask, as_float32, descent
 from lowprec.optim.labels import Chain, Elementwise, chain, elementwise
+from lowprec.optim.specs import AdamSpec
 from lowprec.optim.state_formats import StateFormat
 from lowprec.optim.stored_moments import MomentStore
 from lowprec.typing import Array, Float
@@ -37,6 +38,15 @@ def bias_correction(decay: float | Array, count: Array) -> Float[Array, ""]:
     if isinstance(decay, int | float):
         return -jnp.expm1(count * (math.log(decay) if decay else -math.inf))
     return -jnp.expm1(count * jnp.log(decay))
+
+
+def corrections(b1: float | Array, b2: float | Array, steps: Array) -> tuple[Array, Array]:
+    """What moments are multiplied by in their update number `steps`: 1 / (1 - b1^t), 1 / (1 - b2^t).
+
+    As optax has it, whose updates these are: `bias_correction` is exact, and 1e-5 off of the first of them. Products
+    with reciprocals: XLA rewrites quotients by scalars, in one program so and in another otherwise.
+    """
+    return 1 / (1 - b1**steps), 1 / (1 - b2**steps)
 
 
 def since_reset(count: Array, every: int | None) -> Array:
@@ -107,16 +117,15 @@ def scale_by_adam(
             # Those of a few rows are small; XLA would compute them again for each of their codes, scales and uses.
             mu, nu = lax.optimization_barrier((mu, nu))
         steps = since_reset(count, reset_every)
-        # As optax has it, whose updates these are: `bias_correction` is exact, and 1e-5 off of the first of them.
-        # Products with reciprocals: XLA rewrites quotients by scalars, in one program so and in another otherwise.
-        correct1, correct2 = 1 / (1 - decay**steps), 1 / (1 - b2**steps)
+        correct1, correct2 = corrections(decay, b2, steps)
         scaled = jax.tree.map(lambda m, v: m * correct1 / (jnp.sqrt(v * correct2) + eps), mu, nu)
         if reset == "repo":
             mu, nu = cleared(mu), cleared(nu)
         stored = (first.store(mu, state.mu, count, rows), second.store(nu, state.nu, count, rows))
         return scaled, ScaleByAdamState(count, *stored, state.resets + resets)
 
-    return elementwise(optax.GradientTransformationExtraArgs(init, update))
+    spec = AdamSpec(b1, b2, eps, first, second, reset_every)
+    return elementwise(optax.GradientTransformationExtraArgs(init, update), spec)
 
 
 def adam(

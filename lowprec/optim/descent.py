@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowprec.optim.labels import Elementwise, elementwise
+from lowprec.optim.specs import DecaySpec, IdentitySpec, RateSpec
 
 # A tree of booleans like the parameters (or a prefix of it), or a function from the parameters to one.
 Mask = Any | Callable[[Any], Any] | None
@@ -24,9 +25,9 @@ def descent(
       mask: of the parameters that decay, as `optax.add_decayed_weights` takes it; None: all do.
     """
     return (
-        elementwise(_decay(weight_decay, mask)),
-        elementwise(optax.scale_by_learning_rate(learning_rate)),
-        elementwise(optax.stateless(_in_dtype_of_params)),
+        elementwise(_decay(weight_decay, mask), DecaySpec(weight_decay, mask)),
+        elementwise(optax.scale_by_learning_rate(learning_rate), RateSpec(learning_rate)),
+        elementwise(optax.stateless(_in_dtype_of_params), IdentitySpec()),
     )
 
 

@@ -13,6 +13,7 @@ import optax
 from jax import lax
 
 from lowprec.formats.random import Key
+from lowprec.optim.fused_kernel import AdamKernel
 from lowprec.optim.labels import Chain, Elementwise, Leafwise
 from lowprec.optim.narrow_weights import Narrow, NarrowState, Storage, moved, weight_key
 from lowprec.optim.partial_state import ParameterTree, Part
@@ -39,7 +40,7 @@ class Step(NamedTuple):
     step: Callable[..., tuple[Any, Any]]
 
 
-def fused_step(tx: optax.GradientTransformation, *, chunk: int | None = CHUNK) -> Step:
+def fused_step(tx: optax.GradientTransformation, *, chunk: int | None = CHUNK, impl: str = "auto") -> Step:
     """`tx.update` and `apply_updates` in one, with the same states and the same results.
 
     (Bit for bit where each operation is rounded; compilers make one operation of a·b + c here and there.)
@@ -56,13 +57,17 @@ def fused_step(tx: optax.GradientTransformation, *, chunk: int | None = CHUNK) -
       tx: the whole optimizer, its learning rate and decay among it.
       chunk: elements. Parameters of more, with two axes or more, are updated in a loop; None: there are no loops, which
         is what parameters want that are sharded along their rows.
+      impl: who computes Adam with moments of 8 and 4 bits, its decay and its learning rate, in float32 weights or those
+        of `with_stochastic_rounding`: "xla"; "mosaic_gpu", "mosaic_tpu": a kernel, in one pass over memory and without
+        chunks, for each parameter it serves (why not for others is logged, once); "auto": that of the device, if it has
+        one; "interpret": that kernel, interpreted.
     Returns:
       An object with `init` and `step`. `step` needs a key where `apply_updates` needs one; what else it is given by
       name goes to `tx`.
     """
 
     def step(params, grads, state, key=None, **extra):
-        return _step(tx, chunk, params, grads, state, key, extra)
+        return _step(tx, chunk, impl, params, grads, state, key, extra)
 
     return Step(tx.init, step)
 
@@ -112,7 +117,7 @@ class _Weights:
         return self.storage is not None and self.storage.stores(w)
 
 
-def _step(tx, chunk, params, grads, state, key, extra):
+def _step(tx, chunk, impl, params, grads, state, key, extra):
     tree = ParameterTree(params)
     storage = tx.storage if isinstance(tx, Narrow) else None
     weights = _Weights(tree, storage, state, key)
@@ -130,6 +135,7 @@ def _step(tx, chunk, params, grads, state, key, extra):
         states.append(new)
 
     parts = [Part(tree, part, part_state, extra) for part, part_state in steps[start:]]
+    kernel = AdamKernel(tree, parts[_late(parts) :], storage, impl)
     leaves: list[_Leaf] = []
     shared = [part.shared for part in parts]
     for index, update in enumerate(tree.split(grads)):
@@ -137,7 +143,7 @@ def _step(tx, chunk, params, grads, state, key, extra):
         if leaves:
             # Without it XLA may load the moments of all parameters before it stores those of the first.
             leaf, _ = lax.optimization_barrier((leaf, leaves[-1]))
-        leaf, shared = _updated(weights, parts, index, leaf, chunk)
+        leaf, shared = _updated(weights, parts, kernel, index, leaf, chunk)
         leaves.append(leaf)
     states += [part.state([leaf.moments[i] for leaf in leaves], shared[i]) for i, part in enumerate(parts)]
 
@@ -147,9 +153,14 @@ def _step(tx, chunk, params, grads, state, key, extra):
     return tree.join([leaf.w for leaf in leaves]), state
 
 
-def _updated(weights: _Weights, parts: list[Part], index: int, leaf: _Leaf, chunk: int | None):
+def _late(parts: list[Part]) -> int:
+    """From which part on all are elementwise."""
+    return 1 + max((i for i, part in enumerate(parts) if not part.elementwise), default=-1)
+
+
+def _updated(weights: _Weights, parts: list[Part], kernel: AdamKernel, index: int, leaf: _Leaf, chunk: int | None):
     """One parameter after the step, and what the states have that belongs to no parameter."""
-    late = 1 + max((i for i, part in enumerate(parts) if not part.elementwise), default=-1)
+    late = _late(parts)
     noise = weights.noise(index)
 
     def run(first, last, update, moments, wide, rows):
@@ -168,6 +179,9 @@ def _updated(weights: _Weights, parts: list[Part], index: int, leaf: _Leaf, chun
 
     wide = weights.wide(leaf.w, leaf.rest)
     update, early, early_shared = run(0, late, leaf.update, leaf.moments[:late], wide, None)
+    if kernel.serves(leaf.w, update, leaf.moments[late:]):
+        w, moments = kernel.update(index, leaf.w, update, leaf.moments[late:], noise)
+        return _Leaf(w, None, leaf.rest, early + moments), early_shared + kernel.shared
     changed = leaf.w, leaf.rest, leaf.moments[late:]
     rows = None if chunk is None else rows_of_chunk(leaf.w, (update, changed), chunk)
     if rows is None:

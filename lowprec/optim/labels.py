@@ -15,7 +15,12 @@ class Elementwise(optax.GradientTransformationExtraArgs):
     `StateTensor`s; all else is scalars, and the same whichever leaves it is updated with. How a leaf is stored is
     settled when the state is made: an update may see rows of a leaf alone, rows=(first, total) by name, while other
     leaves are masked. Noise is that of the element of the whole leaf.
+
+    Attributes:
+      spec: what it computes, a `specs.Spec`; None: only the function itself knows.
     """
+
+    spec: Any = None
 
 
 class Leafwise(optax.GradientTransformationExtraArgs):
@@ -32,9 +37,11 @@ class Chain(optax.GradientTransformationExtraArgs):
     parts: tuple[optax.GradientTransformation, ...]
 
 
-def elementwise(tx: optax.GradientTransformation) -> Elementwise:
+def elementwise(tx: optax.GradientTransformation, spec: Any = None) -> Elementwise:
     """The transformation, labelled: see `Elementwise` for what this says."""
-    return Elementwise(*optax.with_extra_args_support(tx))
+    labelled = Elementwise(*optax.with_extra_args_support(tx))
+    labelled.spec = spec
+    return labelled
 
 
 def leafwise(tx: optax.GradientTransformation) -> Leafwise:

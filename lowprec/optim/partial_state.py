@@ -71,11 +71,21 @@ class Part:
     ) -> tuple[Any, list[Any], list[Any]]:
         """Of one parameter, or of rows of it: (update, moments, shared)."""
         tree = self.tree
-        state = self._state([tree.only(index, moment) for moment in moments], self.shared)
+        state = self.seen(index, moments)
         extra = self.extra | ({"rows": rows} if self.elementwise else {})
         new, state = self.tx.update(tree.only(index, update), state, tree.only(index, w), **extra)
         trees, shared = self._sorted(self.structure.flatten_up_to(state))
         return tree.split(new)[index], [tree.split(node)[index] for node in trees], shared
+
+    def seen(self, index: int, moments: list[Any]) -> Any:
+        """The state as an update of one parameter alone would see it."""
+        return self._state([self.tree.only(index, moment) for moment in moments], self.shared)
+
+    def shared_after(self) -> list[Any]:
+        """What the state has for no parameter, after an update: of none."""
+        none = self.tree.only(-1, None)
+        state = self._state([none for like in self.like if like], self.shared)
+        return self._sorted(self.structure.flatten_up_to(self.tx.update(none, state, none, **self.extra)[1]))[1]
 
     def state(self, moments: list[list[Any]], shared: list[Any]) -> Any:
         """The whole state, from the moments of all parameters."""

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
-from lowprec.formats.bits import EXPONENT, IMPLICIT, divide, from_bits, to_bits
+from lowprec.formats.amax import amax_at, in_units, narrow_scale, place_by_magnitude
 from lowprec.formats.blocks import BlockLayout, block_layout
 from lowprec.typing import Array, Float
 
@@ -61,12 +61,12 @@ class AbsMax:
     def measure(self, x):
         layout = _layout(x.shape, self.block)
         scale = _largest(layout.split(x), layout.members, self.signed).reshape(layout.scale_shape)
-        return (_narrow(_as_root(scale, self.root), self.dtype),)
+        return (narrow_scale(_as_root(scale, self.root), self.dtype),)
 
     def down(self, x, stored, largest):
         layout = _layout(x.shape, self.block)
         scale = layout.broadcast_scale(stored[0].astype(jnp.float32))
-        return layout.merge(_ratio(layout.split(_as_root(x, self.root)), scale) * np.float32(largest))
+        return layout.merge(in_units(layout.split(_as_root(x, self.root)), scale) * np.float32(largest))
 
     def up(self, elements, stored, largest):
         layout = _layout(elements.shape, self.block)
@@ -101,12 +101,12 @@ class Rank1:
         axes = range(x.ndim)
         others = [tuple(other for other in axes if other != axis) for axis in axes]
         lines = (_largest(x, other, keepdims=True) for other in others)
-        return tuple(_narrow(_as_root(line, self.of_lines.root), self.of_lines.dtype) for line in lines)
+        return tuple(narrow_scale(_as_root(line, self.of_lines.root), self.of_lines.dtype) for line in lines)
 
     def down(self, x, stored, largest):
         if x.ndim == 1:
             return self.of_lines.down(x, stored, largest)
-        return _ratio(_as_root(x, self.of_lines.root), _smallest(stored)) * np.float32(largest)
+        return in_units(_as_root(x, self.of_lines.root), _smallest(stored)) * np.float32(largest)
 
     def up(self, elements, stored, largest):
         if elements.ndim == 1:
@@ -146,12 +146,12 @@ class Expanded:
         steps = np.float32(16 * np.log2(448.0**2 / 2)) / jnp.where(octaves > 0, octaves, 1)
         steps = jnp.where(octaves > 0, jnp.clip(jnp.floor(steps), 1, 128), 128)
         shape = layout.scale_shape
-        return _narrow(scale.reshape(shape), self.dtype), steps.astype(jnp.uint8).reshape(shape)
+        return narrow_scale(scale.reshape(shape), self.dtype), steps.astype(jnp.uint8).reshape(shape)
 
     def down(self, x, stored, largest):
         layout = _layout(x.shape, self.block)
         scale, power = self._stored(layout, stored)
-        ratio = _ratio(layout.split(x), scale)
+        ratio = in_units(layout.split(x), scale)
         return layout.merge(jnp.sign(ratio) * _power(jnp.abs(ratio), power) * np.float32(largest))
 
     def up(self, elements, stored, largest):
@@ -202,12 +202,12 @@ class QuantileLog:
         value = low + (place - jnp.floor(place))[..., 0] * (high - low)
         ratio = jnp.where(scale > 0, value / jnp.where(scale > 0, scale, 1), 1)
         base = _power(ratio, np.float32(1 / self.steps))
-        return tuple(_narrow(part.reshape(layout.scale_shape), self.dtype) for part in (scale, base))
+        return tuple(narrow_scale(part.reshape(layout.scale_shape), self.dtype) for part in (scale, base))
 
     def down(self, x, stored, largest):
         layout = _layout(x.shape, self.block)
         scale, base = (layout.broadcast_scale(part.astype(jnp.float32)) for part in stored)
-        ratio, octaves = _ratio(layout.split(x), scale), jnp.log2(base)
+        ratio, octaves = in_units(layout.split(x), scale), jnp.log2(base)
         steps = jnp.where(ratio > 0, jnp.log2(jnp.where(ratio > 0, ratio, 1)), -jnp.inf) / jnp.where(
             base < 1, octaves, -1
         )
@@ -231,18 +231,11 @@ def _layout(shape: tuple[int, ...], block: int) -> BlockLayout:
 
 
 def _largest(x, axes, signed=False, keepdims=False):
-    """The largest magnitude, if signed with the sign of its element; NaN where anything is not finite.
-
-    As integers, magnitude first and sign last: a maximum of floats may drop a NaN on CPUs.
-    """
-    bits = to_bits(x)
-    place = (bits << 1) | (bits >> 31)
+    """`amax_at` of all that lies along the axes."""
+    place = place_by_magnitude(x)
     if x.ndim - 1 in axes and x.shape[-1] % _LANES == 0:
         place = jnp.max(place.reshape(*x.shape[:-1], -1, _LANES), axis=-2, initial=np.uint32(0))
-    top = jnp.max(place, axis=axes, keepdims=keepdims, initial=np.uint32(0))
-    magnitude = top >> 1
-    value = from_bits(magnitude | (top << 31) if signed else magnitude)
-    return jnp.where(magnitude < IMPLICIT, 0, jnp.where(magnitude >= EXPONENT, jnp.nan, value))
+    return amax_at(jnp.max(place, axis=axes, keepdims=keepdims, initial=np.uint32(0)), signed)
 
 
 def _smallest(lines):
@@ -251,17 +244,6 @@ def _smallest(lines):
     for line in rest:
         first = jnp.where(first < line, first, line) + (0 * first + 0 * line)
     return first
-
-
-def _ratio(x, scale):
-    """x / scale, and 0 where the scale is 0."""
-    return jnp.where(scale == 0, 0, divide(x, jnp.where(scale == 0, 1, scale)))
-
-
-def _narrow(scale, dtype):
-    """In the dtype of scales, finite where the scale is."""
-    top = np.float32(jnp.finfo(dtype).max)
-    return jnp.where(scale > top, top, jnp.where(scale < -top, -top, scale)).astype(dtype)
 
 
 def _power(base, exponent):

@@ -9,11 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lowprec.errors import UsageError
-from lowprec.formats.bits import from_bits, to_bits
+from lowprec.formats.bits import carry_to_bfloat16
 from lowprec.formats.elements import encode_rounded, round_elements
 from lowprec.formats.native import format_of, to_native
 from lowprec.formats.random import Key, random_bits
@@ -130,9 +129,7 @@ def rounded_stochastically(
 def _values(total, fmt, random):
     """float32 values of the format."""
     if fmt == BFLOAT16:
-        # The 16 bits that are dropped, plus 16 random ones, carry with the right probability, up to infinity.
-        bits = (to_bits(total) + (random >> 16)) & np.uint32(0xFFFF0000)
-        return jnp.where(jnp.isfinite(total), from_bits(bits), total)
+        return carry_to_bfloat16(total, random)
     values = round_elements(total, fmt, _STOCHASTIC, random, saturate=not fmt.has_inf)
     return jnp.where(jnp.isfinite(total), values, total if fmt.has_inf else jnp.nan)
 

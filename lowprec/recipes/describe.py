@@ -1,19 +1,29 @@
 """Recipes and their list as tables that people read."""
 
+from contextlib import nullcontext
+
 from lowprec.formats.types import BlockFormat
 from lowprec.ops.accumulation import Accumulation
 from lowprec.ops.rule import PRODUCTS, GemmRule
+from lowprec.ops.serving import who_serves
+from lowprec.pallas.target import on, target
 from lowprec.quantizers import Quantizer, StraightThrough
 from lowprec.quantizers.variables import Differentiable
 
 
-def describe(recipe) -> str:
+def describe(recipe, device: str | None = None, backend: str = "auto") -> str:
+    """See `Recipe.describe`."""
+    with nullcontext() if device is None else on(device):
+        return _describe(recipe, backend)
+
+
+def _describe(recipe, backend) -> str:
     lines = [recipe.name if not recipe.source else f"{recipe.name}: {recipe.source}", ""]
     if recipe.keeping:
         lines += [f"{recipe.keeping.describe()}: left as they are", ""]
     for rule in recipe.rules:
         lines.append(f"layers {rule.pattern}{'  (where there are any)' if rule.optional else ''}")
-        lines += [f"  {line}" for line in _describe_rule(rule.gemm)]
+        lines += [f"  {line}" for line in _describe_rule(rule.gemm, backend)]
         lines.append("")
     if recipe.loss_scaling:
         lines.append(str(recipe.loss_scaling))
@@ -23,7 +33,7 @@ def describe(recipe) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _describe_rule(gemm: GemmRule) -> list[str]:
+def _describe_rule(gemm: GemmRule, backend: str) -> list[str]:
     kept = [f"x is kept for the backward pass: {gemm.saved}"] if gemm.saved else []
     if gemm.exact_products:
         return ["left as they are", *kept]
@@ -40,7 +50,10 @@ def _describe_rule(gemm: GemmRule) -> list[str]:
         lines.append("x is divided by its root mean square first")
     if gemm.accumulation != Accumulation():
         lines.append(f"sums of all products: {gemm.accumulation}")
-    return [*lines, *kept, *(f"{name}: {formula}" for name, (*_, formula) in PRODUCTS.items())]
+    served = who_serves(gemm, backend)
+    width = max(len(formula) for *_, formula in PRODUCTS.values())
+    products = [f"{name + ':':6} {formula:{width}}  {served[name]}" for name, (*_, formula) in PRODUCTS.items()]
+    return [*lines, *kept, f"products, by whom on {target().kind} if large:", *products]
 
 
 def _columns(q: Quantizer, product: str) -> tuple[str, ...]:

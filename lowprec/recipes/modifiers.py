@@ -37,9 +37,10 @@ def blended(before: Recipe, after: Recipe, steps: int) -> Recipe:
     """From one recipe to another in so many steps: forward operands are `Blend`s of the two.
 
     The gradients that come from above are quantized as before, the other operands of the backward products are those
-    blends. So the first step is that of the recipe before: bit for bit where that one is of one precision (bf16, f32),
-    and where its forward pass alone is quantized up to the last bits in which two compiled programs may differ.
-    Controllers of either recipe rest meanwhile.
+    blends. (A gradient that was rotated is not quantized: blends are not rotated, nothing would cancel.) So the first
+    step is that of the recipe before: bit for bit where that one is of one precision (bf16, f32), and where its forward
+    pass alone is quantized up to the last bits in which two compiled programs may differ. Controllers of either recipe
+    rest meanwhile.
     """
     rules = tuple(
         LayerRule(f"(?=(?:{last.pattern})\\Z)(?:{first.pattern})", _blend(first.gemm, last.gemm, steps), optional=True)
@@ -62,14 +63,18 @@ def _blend(before: GemmRule, after: GemmRule, steps: int) -> GemmRule:
     first, last = (rule.normalize_input and not both for rule in (before, after))
     x = _blend_operand(before.fwd[0], after.fwd[0], steps, first, last)
     w = _blend_operand(before.fwd[1], after.fwd[1], steps, False, False)
-    dy, again = before.dgrad[0], lambda q: EXACT if q.exact else REUSE
+    again = lambda q: EXACT if q.exact else REUSE
     return GemmRule(
         fwd=(x, w),
-        dgrad=(dy, again(w)),
-        wgrad=(before.wgrad[0], again(x)),
+        dgrad=(_unless_rotated(before.dgrad[0]), again(w)),
+        wgrad=(_unless_rotated(before.wgrad[0]), again(x)),
         normalize_input=both,
         accumulation=before.accumulation if before.accumulation == after.accumulation else Accumulation(),
     )
+
+
+def _unless_rotated(q: Quantizer) -> Quantizer:
+    return q if q.rotation is None or q.rotation.side == "outer" else EXACT
 
 
 def _blend_operand(before: Quantizer, after: Quantizer, steps: int, normalize_before: bool, normalize_after: bool):

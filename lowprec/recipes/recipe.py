@@ -158,11 +158,16 @@ class Recipe:
         """Whether its quantizers have state."""
         return any(rule.policy.remembers for rule in self.saved) or any(rule.gemm.remembers for rule in self.rules)
 
-    def describe(self) -> str:
-        """A table for people: which layers, which product, which operand, quantized how."""
+    def describe(self, device: str | None = None, backend: str = "auto") -> str:
+        """A table for people: which layers, which product, which operand, quantized how; who computes the products.
+
+        Args:
+          device: on which, e.g. "NVIDIA H200" (`pallas.target.KNOWN`); None: the one of this process.
+          backend: see `ops.qdot`.
+        """
         from lowprec.recipes.describe import describe  # reads nothing but this class
 
-        return describe(self)
+        return describe(self, device, backend)
 
     def __str__(self):
         return self.name

@@ -24,6 +24,7 @@ from lowprec.optim.narrow_weights import Narrow, NarrowState
 from lowprec.optim.oscillation import FreezeState, Grids, cosine_threshold, freeze_oscillations, oscillation_metrics
 from lowprec.optim.paths import path_name
 from lowprec.optim.quantized_weights import DenseWeights
+from lowprec.optim.specs import DecaySpec, IdentitySpec, RateSpec
 from lowprec.optim.state_tensor import is_stored
 from lowprec.training.config import OptimizerConfig
 from lowprec.training.parameter_kinds import is_small
@@ -49,11 +50,12 @@ def build_optimizer(
       UsageError: (a ValueError) for what does not exist, or does not fit together; it names the nearest.
     """
     storage = storage_of(config.weights)
+    decay, rate = weight_decay(config, steps, strengths), learning_rate(config, steps, strengths)
     whole = chain(
-        optax.clip_by_global_norm(config.clip) if config.clip else elementwise(optax.identity()),
+        optax.clip_by_global_norm(config.clip) if config.clip else elementwise(optax.identity(), IdentitySpec()),
         update_rule(config, seed),
-        elementwise(optax.add_decayed_weights(weight_decay(config, steps, strengths), mask=decay_mask)),
-        elementwise(optax.scale_by_learning_rate(learning_rate(config, steps, strengths))),
+        elementwise(optax.add_decayed_weights(decay, mask=decay_mask), DecaySpec(decay, decay_mask)),
+        elementwise(optax.scale_by_learning_rate(rate), RateSpec(rate)),
     )
     if grids is None:
         return storage.wrap(whole, seed)

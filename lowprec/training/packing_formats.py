@@ -12,6 +12,7 @@ from lowprec.formats import element_of, parse
 from lowprec.formats.types import BlockFormat, ElementFormat, FloatFormat, IntFormat
 from lowprec.ops import GemmRule
 from lowprec.ops.accumulation import Accumulation
+from lowprec.ops.backends import may_take
 from lowprec.ops.codes import native_dtype
 from lowprec.optim.paths import path_name
 from lowprec.quantizers import AbsMax, Clip, Quantizer, StraightThrough
@@ -19,8 +20,9 @@ from lowprec.quantizers.traced_choice import GivenElements, format_numbers, with
 from lowprec.recipes import LayerRule, Recipe
 from lowprec.typing import Array, Int
 
-# Stand in for elements that XLA multiplies as int8, and for those whose values are multiplied in float32.
-_CODES, _VALUES = IntFormat(8), FloatFormat(3, 2, nan="none")
+# Stand in for elements that XLA multiplies as int8, and for those whose values are multiplied in float32: no narrower
+# dtype has the latter.
+_CODES, _VALUES = IntFormat(8), FloatFormat(5, 11)
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,7 @@ def _stand_in(q: Quantizer) -> ElementFormat | None:
         # Blocks along the contraction axis keep their scales out of the product: it multiplies values.
         along = isinstance(q.format, BlockFormat) and isinstance(q.format.block, tuple)
         return _VALUES if along else _CODES
-    # Other native products than those of int8 are slower than float32 on CPUs, and not used there.
-    return _VALUES if native is None or jax.default_backend() == "cpu" else None
+    return None if may_take(native, "auto") else _VALUES
 
 
 def _can_be_traced(fmt) -> bool:

@@ -7,7 +7,7 @@ import pytest
 
 from lowprec import recipes
 from lowprec.ops import GemmRule, qdot
-from lowprec.quantizers import REUSE, Quantizer
+from lowprec.quantizers import REUSE, OctaveMax, Quantizer
 
 SHAPES = ((48, 64), (64, 32), (48, 32))
 
@@ -31,6 +31,12 @@ NATIVE = {
     "int8 power-of-two scales": GemmRule(*[(Quantizer("int8@row/e8m0.ceil"),) * 2] * 3),
     "fp8 hybrid": GemmRule((Quantizer("e4m3fn@tensor"),) * 2, (Quantizer("e5m2@tensor"), REUSE), (REUSE, REUSE)),
     "bf16": GemmRule(*[(Quantizer("bfloat16"),) * 2] * 3),
+    "float16": GemmRule(*[(Quantizer("float16"),) * 2] * 3),
+    "nvfp4": GemmRule(*[(Quantizer("nvfp4"), Quantizer("e2m1fn@16x16/e4m3fn.tensor"))] * 3),
+    "mxfp4": GemmRule(*[(Quantizer("mxfp4", scale=OctaveMax(), pad=True),) * 2] * 3),
+    "mxfp8": GemmRule(*[(Quantizer("mxfp8", pad=True),) * 2] * 3),
+    "integers and floats": GemmRule(*[(Quantizer("int8@row"), Quantizer("bfloat16"))] * 3),
+    "midrise and ternary": GemmRule(*[(Quantizer("int4_midrise@row"), Quantizer("ternary@tensor"))] * 3),
 }
 
 
@@ -64,11 +70,10 @@ def test_fp8_products_are_fp8_products():
 @pytest.mark.parametrize(
     ("rule", "reason"),
     [
-        (recipes.get("nvfp4").rules[-1].gemm, "XLA multiplies no e2m1fn"),
-        (recipes.get("mxfp8").rules[-1].gemm, "vary along the contraction axis"),
-        (recipes.parse("fwd=int8@row,bf16").rules[-1].gemm, "one of fwd.x and fwd.w is an integer"),
+        (recipes.get("fp8_block").rules[-1].gemm, "vary along the contraction axis, and no bfloat16 has"),
         (recipes.parse("fwd=int8@row,exact").rules[-1].gemm, "fwd.w is not quantized"),
-        (recipes.get("quest_4").rules[-1].gemm, "XLA multiplies no int4_midrise"),
+        (recipes.parse("fwd=nf4@row").rules[-1].gemm, r"no bfloat16 has all elements of fwd.x \(nf4@row\)"),
+        (recipes.parse("fwd=tf32@tensor").rules[-1].gemm, "no bfloat16 has all elements of fwd.x"),
     ],
 )
 def test_a_backend_that_cannot_serve_says_why_and_auto_goes_on(rule, reason):
@@ -79,5 +84,5 @@ def test_a_backend_that_cannot_serve_says_why_and_auto_goes_on(rule, reason):
 
 
 def test_an_unknown_backend():
-    with pytest.raises(ValueError, match="unknown backend 'palas'; choose from auto, emulate, native"):
+    with pytest.raises(ValueError, match="unknown backend 'palas'; did you mean pallas"):
         qdot(jnp.ones((2, 2)), jnp.ones((2, 2)), NATIVE["bf16"], backend="palas")

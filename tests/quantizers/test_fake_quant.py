@@ -99,7 +99,8 @@ def test_the_cotangent_is_rounded_only_when_a_format_is_given_for_it():
     pull = lambda **options: jax.vjp(lambda x: fake_quant(x, "e4m3fn@row", **options), X)[1](cotangent)[0]
     np.testing.assert_array_equal(pull(), cotangent)
     np.testing.assert_array_equal(pull(cotangent="e5m2@tensor"), fake_quant(cotangent, "e5m2@tensor"))
-    draws = [pull(cotangent="e5m2", cotangent_rounding="stochastic", key=jax.random.key(i)) for i in range(400)]
+    drawn = lambda key: pull(cotangent="e5m2", cotangent_rounding="stochastic", key=key)
+    draws = jax.jit(jax.vmap(drawn))(jax.random.split(jax.random.key(4), 400))
     assert len({float(draw[0, 0]) for draw in draws}) == 2
     step = 2.0 ** (np.floor(np.log2(np.abs(cotangent))) - 2)
     error = np.abs(np.mean(draws, axis=0) - cotangent)

@@ -188,6 +188,7 @@ def test_rate_factors_fall_with_the_width_and_name_the_steps():
     assert set(rate_factors()) == set(DoubleRounding().initial_params(W, FORMAT, 0))
 
 
+@pytest.mark.unoptimized
 def test_one_model_learns_for_all_widths_by_the_sum_of_their_losses():
     """A linear problem, from small random weights: what each width leaves, as a share of the variance.
 

@@ -132,6 +132,7 @@ def test_the_bridge_is_differentiated_as_a_product():
     np.testing.assert_allclose(dparams["right"], alpha[:, None] * (np.asarray(params["left"]).T @ g), atol=1e-5)
 
 
+@pytest.mark.unoptimized
 def test_the_bridges_of_a_stack_are_halved_layer_by_layer():
     """Through the training collections: counted by the state of the quantizers, turned in each layer of the stack."""
     scale = RankDecay(4, 2, AbsMax())

@@ -8,6 +8,7 @@ from lowprec import recipes
 from lowprec.errors import UsageError
 from lowprec.quantizers.blend import Blend
 from lowprec.recipes import EXACT, KEEP, REUSE, LayerRule, OuterLayers, Phase, Schedule, Span, parse_schedule
+from lowprec.recipes.modifiers import blended
 
 RECIPES = st.sampled_from(["bf16", "nvfp4", "bitnet158", "fwd=int4@row dgrad=int8@row(stochastic hadamard16.random)"])
 SPANS = st.one_of(st.integers(1, 10**9).map(str), st.floats(0.01, 99.9).map(lambda p: f"{p:.3f}%"))
@@ -160,3 +161,12 @@ def test_a_model_takes_one_recipe():
     with pytest.raises(UsageError, match="is a schedule, which a run follows"):
         recipes.parse("bf16 then f32 at 40%")
     assert Span.parse("40%").steps(3) == 1 and Span(5).steps(3) == 5 and Span(1, percent=True).steps(3) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.names() if not name.startswith("qvgen")])  # bridges already
+def test_every_recipe_can_go_over_into_another(name):
+    before = recipes.get(name).for_layers(8)
+    ramp = blended(before, recipes.get("bf16"), 10)
+    was, now = before.rules[-1].gemm.dgrad[0], ramp.rules[-1].gemm.dgrad[0]
+    rotated = was.rotation is not None and was.rotation.side == "inner"
+    assert now.exact if rotated else now == was

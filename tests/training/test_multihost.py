@@ -107,7 +107,7 @@ def test_one_told_to_stop_stops_both_at_one_step(one_process, training_command, 
     assert results(workdir) == one_process
 
 
-@pytest.mark.parametrize("dead", [0, 1])
+@pytest.mark.parametrize("dead", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_one_that_dies_ends_the_other_with_a_message(dead, training_command, tmp_path):
     workdir = tmp_path / "run"
     processes = pair(training_command, workdir, {"train.steps": 100_000, "eval.every": 0})

@@ -14,8 +14,10 @@ from lowprec.training.metrics import TIMINGS, read_lines
 
 # Long enough to be hit in the middle.
 STEPS = {"train.steps": 120, "checkpoint.every": 7, "eval.every": 25, "checkpoint.keep": 3}
-# Noise of each kind: of rounding, forward and backward, and of the signs of a rotation.
-NOISY = "fwd=int4@row(stochastic) dgrad=int8@row(stochastic hadamard16.random)"
+# In the end noise of each kind: of rounding, forward and backward, and of the signs of a rotation.
+# On 120 steps the ramp lies from 48 to 72, and checkpoints are of 49, 56, 63, 70.
+NOISY = "bitnet158 then fwd=int4@row(stochastic) dgrad=int8@row(stochastic hadamard16.random) at 40% over 20% reset"
+WITHIN_THE_RAMP = 52
 TIMEOUT = 240
 
 
@@ -72,18 +74,24 @@ def interrupt_at(step, number, training_command, workdir, changes):
     return finish(process, -signal.SIGKILL if number == signal.SIGKILL else 0)
 
 
-def kill_twice_and_finish(training_command, workdir, changes):
-    steps = sorted(random.sample(range(1, 110), 2))
+def kill_and_finish(training_command, workdir, changes, steps):
+    """The last line that was written before each kill."""
+    seen = []
     for step in steps:
         interrupt_at(step, signal.SIGKILL, training_command, workdir, changes)
         assert not (workdir / "summary.json").exists(), f"killed at {steps}: it had ended before"
+        seen.append(read_lines(workdir / "metrics.jsonl")[-1])
     finish(training_command(workdir, changes))
+    return seen
 
 
-def test_killed_twice_at_random_steps(reference, training_command, tmp_path):
+def test_killed_at_a_random_step_and_within_a_ramp(reference, training_command, tmp_path):
     changes, expected = reference
-    kill_twice_and_finish(training_command, tmp_path / "run", changes)
+    at_random = random.choice([step for step in range(1, 110) if abs(step - WITHIN_THE_RAMP) > 20])
+    seen = kill_and_finish(training_command, tmp_path / "run", changes, sorted((at_random, WITHIN_THE_RAMP)))
+    assert 1 in (line["phase"] for line in seen)
     assert_same_run(tmp_path / "run", expected)
+    assert [line["phase"] for line in without_timings(expected)] == [0] * 48 + [1] * 24 + [2] * 48
 
 
 @pytest.mark.slow
@@ -93,35 +101,29 @@ def test_killed_twice_at_random_steps(reference, training_command, tmp_path):
 def test_killed_twice_at_random_steps_by_recipe(recipe, training_command, tmp_path):
     changes = {**STEPS, "recipe": recipe, "eval.health": True}
     finish(training_command(tmp_path / "expected", changes))
-    kill_twice_and_finish(training_command, tmp_path / "run", changes)
+    kill_and_finish(training_command, tmp_path / "run", changes, sorted(random.sample(range(1, 110), 2)))
     assert_same_run(tmp_path / "run", tmp_path / "expected")
 
 
 RAMP = "bf16 then bitnet158 at 40% over 20% reset"
-# On 120 steps the ramp lies from 48 to 72, and checkpoints are of 49, 56, 63, 70. AdaPT decides after 50 and 100 steps.
+# AdaPT decides after 50 and 100 steps.
 # (recipe, the steps at whose lines it is killed, what its lines tell of the change)
 DYNAMIC = {
-    "within a ramp": (RAMP, (52,), lambda line: line["phase"]),
     "within and after a ramp": (RAMP, (52, 80), lambda line: line["phase"]),
     "adapt": ("adapt", (55, 103), lambda line: sum(line["bits"].values())),
     "fliqs": ("fliqs_6", (30, 80), lambda line: sum(line["bits"].values())),
 }
 
 
-@pytest.mark.parametrize(
-    "kind", ["within a ramp", *(pytest.param(k, marks=pytest.mark.slow) for k in list(DYNAMIC)[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DYNAMIC)
 def test_killed_after_what_it_does_has_changed(kind, training_command, tmp_path):
     """Within a ramp and after it; after the decisions of a controller, which stand in the lines that are compared."""
     recipe, steps, told = DYNAMIC[kind]
-    changes, workdir, seen = {**STEPS, "recipe": recipe}, tmp_path / "run", []
-    for step in steps:
-        interrupt_at(step, signal.SIGKILL, training_command, workdir, changes)
-        assert not (workdir / "summary.json").exists()
-        seen.append(told(read_lines(workdir / "metrics.jsonl")[-1]))
+    changes, workdir = {**STEPS, "recipe": recipe}, tmp_path / "run"
+    seen = kill_and_finish(training_command, workdir, changes, steps)
     if recipe == RAMP:
-        assert seen == [1, 2][: len(steps)]
-    finish(training_command(workdir, changes))
+        assert [told(line) for line in seen] == [1, 2]
     finish(training_command(tmp_path / "expected", changes))
     assert_same_run(workdir, tmp_path / "expected")
     decided = [told(line) for line in without_timings(workdir)]

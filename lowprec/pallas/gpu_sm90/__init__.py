@@ -1,0 +1,1 @@
+"""Kernels for Hopper, in Mosaic GPU: TMA, warp-specialized pipelines, wgmma."""
