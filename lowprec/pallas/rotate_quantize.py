@@ -161,7 +161,6 @@ def _on_tpu(x, signs, words, tensor, *, how, config, interpret):
     codes, scales = kernel.rotate_quantize(
         pad_to(x, (x.shape[0], columns)),
         None if how.rotation is None else rotations(how.rotation, signs, columns),
-        1.0 if how.rotation is None else how.rotation**-0.5,
         None if tensor is None else tensor.reshape(1),
         words,
         how=how,

@@ -25,8 +25,7 @@ from lowprec.typing import Array, Float, UInt8, UInt32
 
 def rotate_quantize(
     x: Float[Array, "M K"],
-    matrix: Float[Array, "stripes 128 128"] | None,
-    norm: float,
+    matrix: Float[Array, "stripes 128 size"] | None,
     tensor: Float[Array, " 1"] | None,
     words: UInt32[Array, " 2"] | None,
     *,
@@ -35,14 +34,15 @@ def rotate_quantize(
     config: Tiles | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[UInt8[Array, "M C"], Array]:
-    """Codes and scales (K / g, M) of x · matrix · norm, blocks of g = 16, 32, 64 or 128 along K; any M.
+    """Codes and scales (K / g, M) of x · matrix / √size, blocks of g = 16, 32, 64 or 128 along K; any M.
 
     Args:
       x: bfloat16, or float32 where there is no matrix. Blocks divide K; so does 128 where there is a matrix.
-      matrix: of each 128 columns, or one for all, entries that bfloat16 holds; None: no rotation.
+      matrix: its diagonal blocks one below the other, of each 128 columns or one for all, entries that bfloat16 holds;
+        None: no rotation.
       tensor: the second level of the scales, where the format has one.
       words: of the key, for stochastic rounding.
-      how: elements of 8 or 4 bits; the rotation is that of the matrix: the size of its diagonal blocks.
+      how: elements of 8 or 4 bits.
       stride: columns of the array whose flat indices the random bits belong to.
     Returns:
       Codes of 8 bits, or two of 4 bits a byte, the even element in the low nibble; scales as they are stored.
@@ -57,13 +57,12 @@ def rotate_quantize(
     if matrix is not None:
         own = len(matrix) > 1
         stripes = k // LANES if own else 1
-        operands.append(filled(matrix, stripes, LANES, LANES).astype(jnp.bfloat16))
+        operands.append(filled(_whole(matrix), stripes, LANES, LANES).astype(jnp.bfloat16))
         specs.append(pl.BlockSpec((stripes, LANES, LANES), lambda j, i: (j if own else 0, 0, 0)))
     scalars = [scalar for scalar in (tensor, words) if scalar is not None]
     step = partial(
         _step,
         given=(matrix is not None, tensor is not None, words is not None),
-        norm=norm,
         how=how,
         stride=stride,
     )
@@ -94,7 +93,14 @@ def rotate_quantize(
     return codes[:rows, : columns // a_byte], scales
 
 
-def _step(x_ref, *refs, given, norm, how, stride):
+def _whole(blocks):
+    """The matrices, of their diagonal blocks."""
+    size = blocks.shape[-1]
+    inside = np.kron(np.eye(LANES // size), np.ones((size, size)))
+    return jnp.tile(blocks, (1, 1, LANES // size)) * inside.astype(blocks.dtype)
+
+
+def _step(x_ref, *refs, given, how, stride):
     *given_refs, codes_ref, scales_ref = refs
     rotated, two_level, random = given
     tensor = given_refs[rotated][0] if two_level else None
@@ -108,9 +114,8 @@ def _step(x_ref, *refs, given, norm, how, stride):
     for start in range(0, width, LANES):
         x = x_ref[:, pl.ds(start, LANES)]
         if rotated:
-            x = _rotated(
-                x, given_refs[0][start // LANES if given_refs[0].shape[0] > 1 else 0], how.rotation
-            ) * np.float32(norm)
+            stripe = start // LANES if given_refs[0].shape[0] > 1 else 0
+            x = _rotated(x, given_refs[0][stripe], how.rotation) * np.float32(how.rotation**-0.5)
         x = x.astype(jnp.float32)
         scale = absmax_scale(_group_amax(x, how, lane), how.fmt, how.rule, tensor)
         for index in range(LANES // group):
