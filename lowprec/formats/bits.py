@@ -122,6 +122,16 @@ def off_grid(y: Float[Array, "..."], up: tuple[Array, ...]) -> Float[Array, "...
     return from_bits(jnp.where(units < np.float32(2.0**23), subnormal, to_bits(product)) | (bits & SIGN))
 
 
+def lesser(a: UInt32[Array, "..."], b: UInt32[Array, "..."] | np.uint32) -> UInt32[Array, "..."]:
+    """min of numbers below 2^31, as signed ones: the compiler of TPU kernels has no minimum of unsigned ones."""
+    return jnp.minimum(a.astype(np.int32), b.astype(np.int32)).astype(jnp.uint32)
+
+
+def greater(a: UInt32[Array, "..."], b: UInt32[Array, "..."] | np.uint32) -> UInt32[Array, "..."]:
+    """max of numbers below 2^31; see `lesser`."""
+    return jnp.maximum(a.astype(np.int32), b.astype(np.int32)).astype(jnp.uint32)
+
+
 def at_least(x: Float[Array, "..."], low: float | int | np.float32) -> Float[Array, "..."]:
     """max(x, low), NaN where x is: XLA's own maximum and minimum on CPUs may take the other argument."""
     return jnp.where(x < low, low, x)
@@ -134,7 +144,8 @@ def clip_keeping_nan(x: Float[Array, "..."], low: float, high: float) -> Float[A
 
 def divide(x: Float[Array, "..."], y: Float[Array, "..."] | np.float32) -> Float[Array, "..."]:
     """x / y correctly rounded, for finite x. XLA turns a division by a scalar into a product with its reciprocal,
-    an ulp away in a third of the cases; it does not where the divisor is an array that it cannot see through.
+    an ulp away in a third of the cases; it does not where the divisor is an array that it cannot see through. It
+    sees through an x that is broadcast: divide first, broadcast then.
     """
     return x / (y + 0 * x)
 

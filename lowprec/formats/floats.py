@@ -17,6 +17,8 @@ from lowprec.formats.bits import (
     SIGN,
     exponent_field,
     from_bits,
+    greater,
+    lesser,
     pattern,
     power_of_two,
     scaled_pattern,
@@ -75,10 +77,10 @@ def round_magnitude(
     binade = jnp.maximum(field, smallest)
     cell_bits = jnp.where(subnormals | (field >= smallest), mantissa_bits, 0)
     dropped = jnp.maximum(binade - base + (23 - cell_bits), 0).astype(jnp.uint32)
-    shift = jnp.minimum(dropped, 31)
+    shift = lesser(dropped, np.uint32(31))
     if rounding.stochastic:
         # Below 2^-8 quanta δ is kept to 31 bits, so that far values round up as rarely as they should.
-        beyond = jnp.minimum(dropped - shift, 31)
+        beyond = lesser(dropped - shift, np.uint32(31))
         kept = m >> beyond
         if rounding.kind == "stochastic_equal" or rounding.random_bits:
             kept = kept | (kept << beyond != m).astype(jnp.uint32)  # ties and zero are told from what lies above them
@@ -143,9 +145,9 @@ def round_on_grid(
     a, negative = u & MAGNITUDE, u >= SIGN
     scaled = (lambda bound: bound) if exponent is None else (lambda bound: scaled_pattern(bound, exponent))
     limit = jnp.where(negative, scaled(grid.lowest), scaled(grid.largest))
-    bounded = jnp.minimum(a, limit if saturate else jnp.where(limit == 0, limit, _FINITE))
+    bounded = lesser(a, limit if saturate else jnp.where(limit == 0, limit, _FINITE))
     cell = round_magnitude(
-        jnp.maximum(bounded, scaled(grid.smallest)),
+        greater(bounded, scaled(grid.smallest)),
         mantissa_bits=grid.mantissa_bits,
         min_exponent=grid.min_exponent if exponent is None else grid.min_exponent + exponent,
         subnormals=grid.subnormals,
@@ -212,7 +214,7 @@ def _round_nearest_even(x, fmt, saturate):
     grid, u = float_grid(fmt), to_bits(x)
     top = fmt.max if saturate else fmt.max * 2
     a = jnp.minimum(jnp.abs(x), top)  # NaN passes
-    binade = jnp.maximum(to_bits(a) & EXPONENT, pattern(fmt.min_normal))
+    binade = greater(to_bits(a) & EXPONENT, pattern(fmt.min_normal))
     magic = from_bits(binade + np.uint32((23 - fmt.mantissa_bits) << 23))
     y = to_bits((a + magic) - magic)
     if not saturate:
@@ -227,7 +229,7 @@ def encode_float(y: Float[Array, "..."], fmt: FloatFormat) -> UInt32[Array, "...
     u = to_bits(y)
     a = u & MAGNITUDE
     cell = round_magnitude(
-        jnp.minimum(a, pattern(fmt.max)),
+        lesser(a, pattern(fmt.max)),
         mantissa_bits=fmt.mantissa_bits,
         min_exponent=fmt.min_exponent,
         subnormals=fmt.subnormals or not fmt.has_zero,

@@ -40,7 +40,7 @@ class Step(NamedTuple):
     step: Callable[..., tuple[Any, Any]]
 
 
-def fused_step(tx: optax.GradientTransformation, *, chunk: int | None = CHUNK, impl: str = "auto") -> Step:
+def fused_step(tx: optax.GradientTransformation, *, chunk: int | None = CHUNK, impl: str = "xla") -> Step:
     """`tx.update` and `apply_updates` in one, with the same states and the same results.
 
     (Bit for bit where each operation is rounded; compilers make one operation of a·b + c here and there.)
@@ -60,7 +60,8 @@ def fused_step(tx: optax.GradientTransformation, *, chunk: int | None = CHUNK, i
       impl: who computes Adam with moments of 8 and 4 bits, its decay and its learning rate, in float32 weights or those
         of `with_stochastic_rounding`: "xla"; "mosaic_gpu", "mosaic_tpu": a kernel, in one pass over memory and without
         chunks, for each parameter it serves (why not for others is logged, once); "auto": that of the device, if it has
-        one; "interpret": that kernel, interpreted.
+        one; "interpret": that kernel, interpreted. The kernels have not been measured on hardware yet: until then they
+        have to be asked for.
     Returns:
       An object with `init` and `step`. `step` needs a key where `apply_updates` needs one; what else it is given by
       name goes to `tx`.

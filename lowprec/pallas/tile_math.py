@@ -21,6 +21,8 @@ from lowprec.formats.bits import (
     at_least,
     clip_keeping_nan,
     from_bits,
+    greater,
+    lesser,
     pattern,
     to_bits,
 )
@@ -40,7 +42,7 @@ def row_amax(x: Float[Array, "m n"], fmt: BlockFormat, rule: AbsMax) -> Float[Ar
     element = fmt.element if rule.headroom == 1 else None
     magnitude = to_bits(x) & MAGNITUDE
     if not fmt.scale.power_of_two or (ordinary(element) and element.max >= 2):
-        return jnp.max(from_bits(jnp.minimum(magnitude, EXPONENT)), axis=1)
+        return jnp.max(from_bits(lesser(magnitude, EXPONENT)), axis=1)
     return from_bits(jnp.max(magnitude.astype(jnp.int32), axis=1).astype(jnp.uint32))
 
 
@@ -98,7 +100,7 @@ def element_codes(
     u = to_bits(x)
     a = u & MAGNITUDE
     magnitude = _nearest_codes if rounding.kind == "nearest_even" else _rounded_codes
-    code = magnitude(jnp.minimum(a, pattern(element.max)), element, rounding, random)
+    code = magnitude(lesser(a, pattern(element.max)), element, rounding, random)
     code = code | ((u & SIGN) >> (32 - element.bits))
     return jnp.where(a > EXPONENT, np.uint32(element.nan_code or 0), code)
 
@@ -113,7 +115,7 @@ def _native_codes(x, element):
 def _nearest_codes(a, element, rounding, random):
     # (a + C) - C rounds to the quantum of C = 2^(e + 23 - M): the low bits of a + C are that many quanta.
     shift = 23 - element.mantissa_bits
-    binade = jnp.maximum(a & EXPONENT, pattern(element.min_normal))
+    binade = greater(a & EXPONENT, pattern(element.min_normal))
     magic = binade + np.uint32(shift << 23)
     quanta = to_bits(from_bits(a) + from_bits(magic)) - magic
     return quanta + ((binade - pattern(element.min_normal)) >> shift)
@@ -140,7 +142,7 @@ def _int_codes(x, element, rounding, random):
     u = to_bits(x)
     a = u & MAGNITUDE
     cell = round_magnitude(
-        jnp.minimum(a, jnp.where(u >= SIGN, pattern(-element.min), pattern(element.max))),
+        lesser(a, jnp.where(u >= SIGN, pattern(-element.min), pattern(element.max))),
         mantissa_bits=23,
         min_exponent=23 - element.fraction_bits,
         subnormals=True,
